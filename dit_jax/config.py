@@ -1,0 +1,308 @@
+"""The typed configuration of a run: every option, its default and its meaning, once.
+
+A recipe in configs/ is a Python file that defines `config`, a `Config` that states only what differs from
+the defaults below. The command line overrides the recipe:
+
+    python train.py --config configs/dit_xl2_imagenet256.py --train.batch-size 512 --model.depth 12
+
+Every problem is a `ConfigError` whose one sentence names the option, what was found and what is expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import runpy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Conditioning = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
+Precision = Literal["float32", "bfloat16"]
+
+# DiT paper (arXiv 2212.09748), Table 1: layers, width, heads.
+DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+DIT_PATCHES = (8, 4, 2)
+
+
+class ConfigError(ValueError):
+    """An option is unknown, of the wrong type, or contradicts another."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. `name` sets four sizes; an explicit size overrides it."""
+
+    name: str = "DiT-XL/2"
+    """Family member, DiT-{S,B,L,XL}/{patch}: sets depth, hidden_size, num_heads and patch_size."""
+    depth: int | None = None
+    """Number of transformer blocks (None: as the name says)."""
+    hidden_size: int | None = None
+    """Width D of the tokens (None: as the name says)."""
+    num_heads: int | None = None
+    """Attention heads (None: as the name says)."""
+    patch_size: int | None = None
+    """Side of a patch, in latent pixels (None: as the name says)."""
+    mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer over hidden_size."""
+    conditioning: Conditioning = "adaln_zero"
+    """How timestep and label enter the blocks (paper, section 3.2)."""
+    input_size: tuple[int, int] = (32, 32)
+    """Height and width of the latent."""
+    in_channels: int = 4
+    """Channels of the latent."""
+    num_classes: int = 1000
+    """Number of classes; 0 for an unconditional model."""
+    class_dropout_prob: float = 0.1
+    """Share of training labels replaced by the null label, for classifier-free guidance."""
+    dtype: Precision = "float32"
+    """Compute precision. Parameters, norms' statistics, softmax, timestep embedding and loss stay float32."""
+    attention: Literal["auto", "einsum", "xla", "cudnn"] = "auto"
+    """Attention kernel: auto picks cudnn on a GPU in bfloat16, einsum elsewhere."""
+    remat: Literal["none", "full", "dots", "dots_attention"] = "none"
+    """What the backward pass recomputes: nothing; all but block inputs; all but matmul outputs; all but
+    matmul and attention outputs."""
+    unroll: bool = False
+    """Unroll the loop over layers (longer compilation, sometimes faster steps). Parameters keep their layout."""
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The process: noise schedule, what the network predicts, the loss."""
+
+    schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    """Betas over the training timesteps."""
+    num_timesteps: int = 1000
+    """Training timesteps T."""
+    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
+    """What the network's first C output channels mean."""
+    learn_sigma: bool = True
+    """Learn the reverse variance in a second half of output channels (learned range)."""
+    sigma: Literal["fixed_small", "fixed_large"] = "fixed_large"
+    """The reverse variance when learn_sigma is off."""
+    loss: Literal["mse", "rescaled_mse", "kl", "rescaled_kl"] = "mse"
+    """Training loss; with learn_sigma the two mse losses add the variational bound for the variance."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The latent dataset."""
+
+    dir: str = ""
+    """Folder of the prepared latent dataset (TFDS format, ArrayRecord shards)."""
+    source: str = ""
+    """Where to prepare the dataset from when `dir` does not exist yet; only `digits` needs no download."""
+    mirror: bool = True
+    """Draw every image or its mirror with equal chance (needs a dataset prepared with mirrors)."""
+    cache: Literal["none", "ram", "device"] = "none"
+    """Hold the whole set in host or device memory."""
+    workers: int = 0
+    """Threads that read ahead (0: chosen by the machine)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the running average of the parameters."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after warm-up; cosine and linear decay to zero at train.steps."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    b1: float = 0.9
+    """Adam's decay of the first moment."""
+    b2: float = 0.999
+    """Adam's decay of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm (0: no clipping)."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average; warmed up as min(decay, (1 + n) / (10 + n))."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a mesh (data, fsdp, tensor); one axis may be -1, which fills in."""
+
+    data: int = -1
+    """Devices that each hold a copy and a part of the batch."""
+    fsdp: int = 1
+    """Devices that share parameters and also split the batch."""
+    tensor: int = 1
+    """Devices that split heads and MLP width."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run."""
+
+    workdir: str = "runs/default"
+    """Folder of the run: config.json, checkpoints/, metrics.jsonl, TensorBoard events, samples/."""
+    seed: int = 0
+    """Seed of everything random; each draw is a function of (seed, step, purpose)."""
+    batch_size: int = 256
+    """Global batch size."""
+    steps: int = 400_000
+    """Train until this step."""
+    log_every: int = 100
+    """Steps between lines of metrics."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints; one more is written at the end."""
+    keep: int = 3
+    """Newest checkpoints kept; the one with the best loss is kept as well."""
+    sample_every: int = 10_000
+    """Steps between grids of samples (0: none)."""
+    sample_count: int = 64
+    """Samples in a grid."""
+    sample_steps: int = 50
+    """DDIM steps of those samples."""
+    sample_cfg_scale: float = 1.5
+    """Guidance scale of those samples (1: none)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run of a Diffusion Transformer on precomputed VAE latents."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# ---------------------------------------------------------------------------------------------- check
+
+
+def model_sizes(name: str) -> tuple[int, int, int, int]:
+    """(depth, hidden_size, num_heads, patch_size) of a family member such as "DiT-XL/2"."""
+    match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", name)
+    if match is None:
+        raise ConfigError(f"--model.name is {name!r}; expected DiT-{{S,B,L,XL}}/{{patch}}, for example DiT-XL/2")
+    return (*DIT_SIZES[match[1]], int(match[2]))
+
+
+def resolve(config: Config) -> Config:
+    """The config with every size filled in from the model's name, checked.
+
+    Raises ConfigError for a wrong type, a value out of range or sizes that do not divide.
+    """
+    from_json(to_json(config))  # a recipe's values have the declared types
+    m = config.model
+    named = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), model_sizes(m.name), strict=True))
+    filled = {k: v for k, v in named.items() if getattr(m, k) is None}
+    config = dataclasses.replace(config, model=dataclasses.replace(m, **filled))
+    _check_values(config)
+    return config
+
+
+def _require(good: bool, option: str, found: object, expected: str) -> None:
+    if not good:
+        raise ConfigError(f"--{option.replace('_', '-')} is {found}; expected {expected}")
+
+
+def _check_values(config: Config) -> None:
+    m, d, o, t = config.model, config.diffusion, config.optim, config.train
+    assert m.patch_size and m.hidden_size and m.num_heads and m.depth is not None  # filled by resolve
+    for group, part, names in (
+        ("model", m, ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "mlp_ratio")),
+        ("diffusion", d, ("num_timesteps",)),
+        ("optim", o, ("learning_rate",)),
+        ("train", t, ("batch_size", "steps", "log_every", "checkpoint_every", "keep", "sample_count", "sample_steps")),
+    ):
+        for name in names:
+            _require(getattr(part, name) > 0, f"{group}.{name}", getattr(part, name), "a number above 0")
+    for group, part, names in (
+        ("model", m, ("class_dropout_prob",)),
+        ("optim", o, ("b1", "b2", "ema_decay")),
+    ):
+        for name in names:
+            value = getattr(part, name)
+            _require(0 <= value < 1, f"{group}.{name}", value, "at least 0 and below 1")
+    for group, part, names in (
+        ("model", m, ("num_classes",)),
+        ("optim", o, ("warmup_steps", "weight_decay", "grad_clip")),
+        ("train", t, ("sample_every", "seed")),
+        ("data", config.data, ("workers",)),
+    ):
+        for name in names:
+            _require(getattr(part, name) >= 0, f"{group}.{name}", getattr(part, name), "0 or more")
+    for side in m.input_size:
+        _require(
+            side > 0 and side % m.patch_size == 0,
+            "model.input_size", m.input_size, f"sides divisible by --model.patch-size {m.patch_size}",
+        )  # fmt: skip
+    _require(
+        m.hidden_size % m.num_heads == 0,
+        "model.hidden_size", m.hidden_size, f"a multiple of --model.num-heads {m.num_heads}",
+    )  # fmt: skip
+    _require(m.hidden_size % 4 == 0, "model.hidden_size", m.hidden_size, "a multiple of 4 (2D sine-cosine positions)")
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _require(
+        axes.count(-1) <= 1 and all(a == -1 or a > 0 for a in axes),
+        "mesh", f"(data, fsdp, tensor) = {axes}", "sizes above 0, at most one of them -1",
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- load, save, parse
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON; `from_json` reads it back to an equal config."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """A config from its JSON; unknown keys and wrong types raise ConfigError."""
+    import pydantic
+
+    strict = pydantic.ConfigDict(extra="forbid", strict=True)
+    for cls in (ModelConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig, Config):
+        cls.__pydantic_config__ = strict  # type: ignore[attr-defined]
+    try:
+        return pydantic.TypeAdapter(Config).validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"]) or "config"
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise ConfigError(f"unknown option {option!r}; see python train.py --help") from None
+        expected = first["msg"].lower()
+        raise ConfigError(f"--{option.replace('_', '-')} is {first.get('input')!r}; {expected}") from None
+
+
+def load(path: str | pathlib.Path) -> Config:
+    """A config from a recipe (.py, which defines `config`) or from a saved config (.json)."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config names {path}, which is not a file; expected a recipe such as configs/digits.py")
+    if path.suffix == ".json":
+        return from_json(path.read_text())
+    found = runpy.run_path(str(path)).get("config")
+    if not isinstance(found, Config):
+        raise ConfigError(f"{path} defines config = {found!r}; expected a dit_jax.config.Config")
+    return found
+
+
+def parse_args(args: Sequence[str] | None = None, default: str = "configs/digits.py") -> Config:
+    """The config of a command line: a recipe named by --config, then one option per override, resolved."""
+    import argparse
+    import sys
+
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default=default)
+    known, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
+    config = tyro.cli(
+        Config,
+        args=rest,
+        default=load(known.config),
+        description=f"{Config.__doc__}\n\n--config FILE names a recipe in configs/ (default: {default}); every "
+        "option below overrides it.",
+    )
+    return resolve(config)

@@ -1,0 +1,1 @@
+"""Latent datasets: sources, encoding to shards, reading and loading."""

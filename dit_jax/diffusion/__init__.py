@@ -1,0 +1,1 @@
+"""Processes and samplers only: takes denoise_fn(x, t) -> array; knows nothing of networks."""

@@ -1,0 +1,1 @@
+"""Other people's weights: published checkpoints and diffusers folders."""

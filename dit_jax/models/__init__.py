@@ -1,0 +1,1 @@
+"""Networks only: (x, t, y) -> array. Knows nothing of noise schedules."""

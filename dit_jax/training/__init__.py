@@ -1,0 +1,1 @@
+"""The trainer: state, optimizer, step, sharding, checkpoint, logging, loop."""

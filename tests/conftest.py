@@ -1,0 +1,24 @@
+"""Strict test environment: 8 virtual CPU devices, no silent rank promotion, warnings are errors."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", ".cache/jax")  # a second run of the tests compiles little
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """tests/data: the small golden files."""
+    import pathlib
+
+    return pathlib.Path(__file__).parent / "data"

@@ -1,0 +1,72 @@
+"""Multi-head attention: self-attention over tokens and cross-attention to a short context.
+
+Letters: B batch, N tokens, M context tokens, D width, H heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dit_jax.models.embeddings import Linear
+
+Array = jax.Array
+
+
+def resolve_attention(kernel: str, dtype: Any) -> str:
+    """The kernel that "auto" stands for on the default backend: cudnn on a GPU in bfloat16, else einsum."""
+    if kernel != "auto":
+        return kernel
+    on_gpu = jax.default_backend() in ("gpu", "cuda")
+    return "cudnn" if on_gpu and jnp.dtype(dtype) == jnp.bfloat16 else "einsum"
+
+
+def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
+    """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (B,N,H,K), k and v (B,M,H,K) -> (B,N,H,K)."""
+    if kernel != "einsum":
+        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)  # type: ignore[arg-type]
+    # Heads before tokens: the batched products then read contiguous (tokens, channels) matrices.
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    logits = jnp.einsum("bhnk,bhmk->bhnm", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhnm,bhmk->bhnk", weights, v).transpose(0, 2, 1, 3)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one fused projection to queries, keys and values."""
+
+    num_heads: int
+    kernel: str = "einsum"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (B, N, D) -> (B, N, D)."""
+        d = x.shape[-1]
+        heads = (self.num_heads, d // self.num_heads)
+        qkv = Linear((3, *heads), dtype=self.dtype, name="qkv")(x)  # (B, N, 3, H, K)
+        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
+        # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.
+        out = checkpoint_name(out, "attention")
+        return Linear((d,), in_axes=2, dtype=self.dtype, name="proj")(out)
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to a context sequence."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array) -> Array:
+        """x (B, N, D), context (B, M, D) -> (B, N, D)."""
+        d = x.shape[-1]
+        heads = (self.num_heads, d // self.num_heads)
+        q = Linear(heads, dtype=self.dtype, name="q")(x)  # (B, N, H, K)
+        kv = Linear((2, *heads), dtype=self.dtype, name="kv")(context)  # (B, M, 2, H, K)
+        out = attend(q, kv[:, :, 0], kv[:, :, 1], "einsum")  # M is 1 or 2: no fused kernel pays
+        return Linear((d,), in_axes=2, dtype=self.dtype, name="proj")(checkpoint_name(out, "attention"))

@@ -1,0 +1,128 @@
+"""Embeddings of patches, timesteps, labels and positions, and the linear layer they share.
+
+Letters: B batch, N tokens, D width, P patch side, C latent channels, F frequency channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+
+def xavier_uniform_fused(in_axes: int) -> Initializer:
+    """Xavier-uniform on the kernel seen as one matrix: the first `in_axes` axes in, the others out.
+
+    The published DiT initialises the fused qkv matrix and the flattened patch projection this way.
+    """
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        fan_in, fan_out = math.prod(shape[:in_axes]), math.prod(shape[in_axes:])
+        bound = math.sqrt(6.0 / (fan_in + fan_out))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Linear(nn.Module):
+    """A linear layer from the last axes of x to `features`, computed on flattened tokens.
+
+    Tokens are flattened to one axis before the product, so that the weight's gradient contracts a single
+    axis: backends make a plain matrix product of it. The kernel keeps its axes apart, for sharding.
+    """
+
+    features: tuple[int, ...]
+    in_axes: int = 1
+    kernel_init: Initializer | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (..., *inputs) -> (..., *features), in `dtype`."""
+        inputs = x.shape[x.ndim - self.in_axes :]
+        leading = x.shape[: x.ndim - self.in_axes]
+        init = self.kernel_init or xavier_uniform_fused(self.in_axes)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+        tokens = x.reshape(-1, *inputs).astype(self.dtype)
+        contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
+        out = jax.lax.dot_general(tokens, kernel.astype(self.dtype), (contract, ((), ())))
+        out = out + jnp.expand_dims(bias.astype(self.dtype), 0)
+        return out.reshape(*leading, *self.features)
+
+
+def patchify(x: Array, patch: int) -> Array:
+    """(B, H, W, C) -> (B, N, P*P*C): rows of patches, each flattened as (row, column, channel)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x: Array, patch: int, size: tuple[int, int]) -> Array:
+    """(B, N, P*P*C) -> (B, H, W, C), the inverse of `patchify` for a latent of `size` (H, W)."""
+    (h, w), (b, _, last) = size, x.shape
+    x = x.reshape(b, h // patch, w // patch, patch, patch, last // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, last // patch**2)
+
+
+def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
+    """Frozen 2D sine-cosine positions (height*width, dim), float32 (MAE, arXiv 2111.06377).
+
+    The first half of the channels encodes the column, the second the row; in each half sines come before
+    cosines. Frequencies are computed in float64.
+    """
+
+    def encode(positions: np.ndarray) -> np.ndarray:
+        omega = 1.0 / 10000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
+        angles = np.outer(positions, omega)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    return np.concatenate([encode(columns.ravel()), encode(rows.ravel())], axis=1).astype(np.float32)
+
+
+def timestep_embedding(t: Array, dim: int = 256, max_period: float = 10000.0) -> Array:
+    """Sinusoidal embedding (B,) -> (B, dim) in float32: frequencies max_period^(-i / (dim/2)), cosines first."""
+    half = dim // 2
+    frequencies = np.exp(-math.log(max_period) * np.arange(half, dtype=np.float64) / half).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid, then an MLP 256 -> D -> D with SiLU, all in float32."""
+
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, t: Array) -> Array:
+        """t (B,) -> (B, D)."""
+        init = nn.initializers.normal(0.02)
+        h = Linear((self.hidden_size,), kernel_init=init, name="fc1")(timestep_embedding(t))
+        return Linear((self.hidden_size,), kernel_init=init, name="fc2")(nn.silu(h))
+
+
+class LabelEmbedder(nn.Module):
+    """A table of class embeddings; with label dropout its last row is the null class.
+
+    A label outside the table gives NaN, never a neighbour's row.
+    """
+
+    num_classes: int
+    hidden_size: int
+    with_null: bool
+
+    @nn.compact
+    def __call__(self, y: Array) -> Array:
+        """y (B,) int -> (B, D) float32."""
+        rows = self.num_classes + int(self.with_null)
+        table = self.param("embedding", nn.initializers.normal(0.02), (rows, self.hidden_size), jnp.float32)
+        return jnp.take(table, y, axis=0, mode="fill", fill_value=jnp.nan)

@@ -1,0 +1,196 @@
+"""Reading a latent dataset, and drawing latents from its moments.
+
+Legend: B batch, n records asked for, M views (1, or 2: image and mirror image), h, w latent height and width,
+c latent channels.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.config import Config, ConfigError
+from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, parse, shard_name
+
+
+class LatentDataset:
+    """Random access to the records of a prepared dataset; safe to read from many threads.
+
+    directory: a finished dataset. mirror: read the mirror image's moments too where they are stored.
+    Raises DataError where the folder holds no finished dataset or a shard is missing or of another size.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], mirror: bool = True):
+        self.directory = pathlib.Path(directory)
+        self.metadata: LatentMetadata = load_metadata(directory)
+        m = self.metadata
+        self.shards = [self.directory / shard_name(i, m.num_shards) for i in range(m.num_shards)]
+        for shard, size in zip(self.shards, m.shard_bytes, strict=True):
+            found = shard.stat().st_size if shard.is_file() else "no file"
+            if found != size:
+                raise DataError(
+                    f"{shard} has {found} bytes; metadata.json says {size}: prepare the dataset again"
+                )
+        self._ends = np.cumsum(m.shard_counts)
+        self._readers: list = [None] * m.num_shards
+        self._views = m.moments_shape[0] if mirror else 1
+
+    def __len__(self) -> int:
+        return self.metadata.count
+
+    def __repr__(self) -> str:
+        return f"LatentDataset({str(self.directory)!r}, {len(self)} records)"
+
+    @property
+    def record_shape(self) -> tuple[int, int, int, int]:
+        """(M, h, w, 2c) of the moments that `read` returns."""
+        return (self._views, *self.metadata.moments_shape[1:])
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record's moments as `read` returns them."""
+        return int(np.prod(self.record_shape)) * np.dtype(self.metadata.dtype).itemsize
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """`moments` (n, M, h, w, 2c), mean then std, and `label` (n,) int32, of these records in this order.
+
+        Raises IndexError for an index outside the set and DataError for a damaged record.
+        """
+        rows = np.asarray(indices, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"indices {rows.min()}..{rows.max()} reach outside {self!r}")
+        m = self.metadata
+        stored = int(np.prod(m.moments_shape)) * np.dtype(m.dtype).itemsize
+        moments = np.empty((len(rows), *self.record_shape), m.dtype)
+        flat = moments.reshape(len(rows), -1)
+        labels = np.empty(len(rows), np.int32)
+        for row, (_, label, data) in self._records(rows):
+            if len(data) != stored:
+                raise DataError(
+                    f"record {rows[row]} of {self.directory} has {len(data)} bytes of moments; "
+                    f"expected {stored} for {m.moments_shape} {m.dtype}"
+                )
+            flat[row] = np.frombuffer(data, m.dtype, flat.shape[1])
+            labels[row] = label
+        return {"moments": moments, "label": labels}
+
+    def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """The source ids of these records."""
+        found = dict(self._records(np.asarray(indices, np.int64)))
+        return [found[row][0].decode() for row in range(len(found))]
+
+    def _records(self, rows: np.ndarray) -> Iterator[tuple[int, tuple[bytes, int, bytes]]]:
+        """(place in rows, parsed record), shard by shard."""
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard in np.unique(shards).tolist():
+            where = np.flatnonzero(shards == shard)
+            first = self._ends[shard] - self.metadata.shard_counts[shard]
+            records = self._read_shard(shard, rows[where] - first)
+            for row, record in zip(where.tolist(), records, strict=True):
+                yield row, parse(record)
+
+    def _read_shard(self, shard: int, positions: np.ndarray) -> Sequence[bytes]:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        if self._readers[shard] is None:  # two threads may both open it: the later one stays, both read right
+            self._readers[shard] = ArrayRecordReader(
+                os.fspath(self.shards[shard]),
+                # Shuffled reads gain nothing from read-ahead; parallelism comes from the loader's threads.
+                options="readahead_buffer_size:0,max_parallelism:0",
+                file_reader_buffer_size=32768,
+            )
+        try:
+            return self._readers[shard].read(positions.tolist())
+        except (ValueError, RuntimeError, IndexError) as error:
+            raise DataError(f"{self.shards[shard]} cannot be read: {error}") from None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_readers": [None] * len(self._readers)}
+
+
+def draw_latents(
+    batch: Mapping[str, jax.Array], key: jax.Array, scaling_factor: float, shift_factor: float, mirror: bool
+) -> jax.Array:
+    """Latents (B, h, w, c) float32 as the network sees them, drawn from the posterior; runs inside jit.
+
+    batch: `moments` (B, M, h, w, 2c). With `mirror` each example is the image or its mirror with equal chance
+    (needs M = 2). z = mean + std * eps, latent = (z - shift_factor) * scaling_factor.
+    """
+    moments = batch["moments"]
+    if mirror and moments.shape[1] != 2:
+        raise ValueError(f"moments have shape {moments.shape}; mirror needs image and mirror on axis 1")
+    choice, noise = jax.random.split(key)
+    if mirror:
+        flip = jax.random.bernoulli(choice, shape=(moments.shape[0], 1, 1, 1))
+        moments = jnp.where(flip, moments[:, 1], moments[:, 0])
+    else:
+        moments = moments[:, 0]
+    mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    z = mean + std * jax.random.normal(noise, mean.shape, jnp.float32)
+    return (z - shift_factor) * scaling_factor
+
+
+def open_dataset(config: Config) -> LatentDataset:
+    """The dataset of a run, checked against its config; the digits are prepared at first use.
+
+    Raises ConfigError, in one sentence, where the dataset contradicts the config, and DataError where there
+    is none and it cannot be prepared without being asked.
+    """
+    directory = config.data.dir
+    if not directory:
+        raise ConfigError("--data.dir is empty; expected the folder of a dataset made by prepare.py")
+    if config.data.source == "digits":
+        _prepare_digits(directory)
+    dataset = LatentDataset(directory, mirror=config.data.mirror)
+    check_dataset(dataset.metadata, config)
+    return dataset
+
+
+def check_dataset(metadata: LatentMetadata, config: Config) -> None:
+    """Raise ConfigError, in one sentence, where a dataset contradicts a config."""
+    where, model = f"the dataset in {config.data.dir}", config.model
+    if metadata.latent_shape != (*model.input_size, model.in_channels):
+        raise ConfigError(
+            f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; "
+            f"--model.input-size and --model.in-channels say {(*model.input_size, model.in_channels)}"
+        )
+    if model.num_classes not in (0, metadata.num_classes):
+        raise ConfigError(
+            f"{where} has {metadata.num_classes} classes; --model.num-classes says {model.num_classes}"
+            + (" (0 trains without labels)" if metadata.num_classes == 0 else "")
+        )
+    if config.data.mirror and not metadata.mirrors:
+        raise ConfigError(
+            f"{where} holds no mirror images; set --no-data.mirror, or prepare it again with --mirrors"
+        )
+    if config.data.vae:
+        from dit_jax.interop.diffusers import weights_hash
+
+        wanted = weights_hash(config.data.vae)
+        if wanted != metadata.vae_hash:
+            raise ConfigError(
+                f"{where} was encoded by {metadata.vae} with weights {metadata.vae_hash[:12]}; "
+                f"--data.vae {config.data.vae} has weights {wanted[:12]}"
+            )
+
+
+def _prepare_digits(directory: str) -> None:
+    """Process 0 prepares the digits where they are missing; the others wait for it."""
+    from dit_jax.data.metadata import METADATA_FILE
+
+    missing = not (pathlib.Path(directory) / METADATA_FILE).is_file()
+    if missing and jax.process_index() == 0:
+        from dit_jax.data.encode import prepare
+        from dit_jax.data.encoders import flax_encoder
+        from dit_jax.data.sources import open_source
+
+        prepare(open_source("digits"), flax_encoder("digits"), directory, image_size=32, mirrors=False)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("dit_jax digits prepared")

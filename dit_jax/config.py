@@ -100,6 +100,9 @@ class DataConfig:
     """Hold the whole set in host or device memory."""
     workers: int = 0
     """Threads that read ahead (0: chosen by the machine)."""
+    vae: str = ""
+    """Autoencoder that the dataset must have been encoded by: a diffusers folder, a hub id or `digits` (empty:
+    any; sampling uses the one that the dataset names)."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +129,17 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices as a mesh (data, fsdp, tensor); one axis may be -1, which fills in."""
+    """Devices as a mesh (data, fsdp, tensor). One size may be -1, which fills in."""
 
-    data: int = -1
-    """Devices that each hold a copy and a part of the batch."""
-    fsdp: int = 1
-    """Devices that share parameters and also split the batch."""
-    tensor: int = 1
-    """Devices that split heads and MLP width."""
+    preset: Literal["replicated", "zero1", "fsdp", "fsdp_tensor"] = "replicated"
+    """What is split over devices besides the batch: nothing; optimizer state and EMA, over data; those and the
+    parameters, over fsdp; the same with heads and MLP width over tensor."""
+    data: int | None = None
+    """Devices that each hold a copy and a part of the batch (None: all that the other two leave)."""
+    fsdp: int | None = None
+    """Devices that share parameters and also split the batch (None: as the preset says)."""
+    tensor: int | None = None
+    """Devices that split heads and MLP width (None: 2 for fsdp_tensor, else 1)."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ class TrainConfig:
     """Seed of everything random; each draw is a function of (seed, step, purpose)."""
     batch_size: int = 256
     """Global batch size."""
+    microbatch: int = 0
+    """Images that one device holds at once; gradients accumulate over the rest of its share (0: no split)."""
     steps: int = 400_000
     """Train until this step."""
     log_every: int = 100
@@ -154,6 +162,8 @@ class TrainConfig:
     """Steps between checkpoints; one more is written at the end."""
     keep: int = 3
     """Newest checkpoints kept; the one with the best loss is kept as well."""
+    milestone_every: int = 0
+    """Steps between checkpoints that are kept for good (0: none)."""
     sample_every: int = 10_000
     """Steps between grids of samples (0: none)."""
     sample_count: int = 64
@@ -183,7 +193,9 @@ def model_sizes(name: str) -> tuple[int, int, int, int]:
     """(depth, hidden_size, num_heads, patch_size) of a family member such as "DiT-XL/2"."""
     match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", name)
     if match is None:
-        raise ConfigError(f"--model.name is {name!r}; expected DiT-{{S,B,L,XL}}/{{patch}}, for example DiT-XL/2")
+        raise ConfigError(
+            f"--model.name is {name!r}; expected DiT-{{S,B,L,XL}}/{{patch}}, for example DiT-XL/2"
+        )
     return (*DIT_SIZES[match[1]], int(match[2]))
 
 
@@ -195,7 +207,7 @@ def resolve(config: Config) -> Config:
     from_json(to_json(config))  # a recipe's values have the declared types
     m = config.model
     named = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), model_sizes(m.name), strict=True))
-    filled = {k: v for k, v in named.items() if getattr(m, k) is None}
+    filled: dict[str, Any] = {k: v for k, v in named.items() if getattr(m, k) is None}
     config = dataclasses.replace(config, model=dataclasses.replace(m, **filled))
     _check_values(config)
     return config
@@ -206,32 +218,28 @@ def _require(good: bool, option: str, found: object, expected: str) -> None:
         raise ConfigError(f"--{option.replace('_', '-')} is {found}; expected {expected}")
 
 
+_POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
+diffusion.num_timesteps optim.learning_rate train.batch_size train.steps train.log_every train.checkpoint_every
+train.keep train.sample_count train.sample_steps"""
+_SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
+_NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
+train.seed
+train.microbatch train.milestone_every data.workers"""
+
+
 def _check_values(config: Config) -> None:
-    m, d, o, t = config.model, config.diffusion, config.optim, config.train
-    assert m.patch_size and m.hidden_size and m.num_heads and m.depth is not None  # filled by resolve
-    for group, part, names in (
-        ("model", m, ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "mlp_ratio")),
-        ("diffusion", d, ("num_timesteps",)),
-        ("optim", o, ("learning_rate",)),
-        ("train", t, ("batch_size", "steps", "log_every", "checkpoint_every", "keep", "sample_count", "sample_steps")),
-    ):
-        for name in names:
-            _require(getattr(part, name) > 0, f"{group}.{name}", getattr(part, name), "a number above 0")
-    for group, part, names in (
-        ("model", m, ("class_dropout_prob",)),
-        ("optim", o, ("b1", "b2", "ema_decay")),
-    ):
-        for name in names:
-            value = getattr(part, name)
-            _require(0 <= value < 1, f"{group}.{name}", value, "at least 0 and below 1")
-    for group, part, names in (
-        ("model", m, ("num_classes",)),
-        ("optim", o, ("warmup_steps", "weight_decay", "grad_clip")),
-        ("train", t, ("sample_every", "seed")),
-        ("data", config.data, ("workers",)),
-    ):
-        for name in names:
-            _require(getattr(part, name) >= 0, f"{group}.{name}", getattr(part, name), "0 or more")
+    def value(option: str) -> Any:
+        group, name = option.split(".")
+        return getattr(getattr(config, group), name)
+
+    for option in _POSITIVE.split():
+        _require(value(option) > 0, option, value(option), "a number above 0")
+    for option in _SHARES.split():
+        _require(0 <= value(option) < 1, option, value(option), "at least 0 and below 1")
+    for option in _NOT_NEGATIVE.split():
+        _require(value(option) >= 0, option, value(option), "0 or more")
+    m = config.model
+    assert m.patch_size and m.hidden_size and m.num_heads  # filled by resolve
     for side in m.input_size:
         _require(
             side > 0 and side % m.patch_size == 0,
@@ -241,10 +249,15 @@ def _check_values(config: Config) -> None:
         m.hidden_size % m.num_heads == 0,
         "model.hidden_size", m.hidden_size, f"a multiple of --model.num-heads {m.num_heads}",
     )  # fmt: skip
-    _require(m.hidden_size % 4 == 0, "model.hidden_size", m.hidden_size, "a multiple of 4 (2D sine-cosine positions)")
+    _require(
+        m.hidden_size % 4 == 0,
+        "model.hidden_size",
+        m.hidden_size,
+        "a multiple of 4 (2D sine-cosine positions)",
+    )
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _require(
-        axes.count(-1) <= 1 and all(a == -1 or a > 0 for a in axes),
+        axes.count(-1) <= 1 and all(a is None or a == -1 or a > 0 for a in axes),
         "mesh", f"(data, fsdp, tensor) = {axes}", "sizes above 0, at most one of them -1",
     )  # fmt: skip
 
@@ -263,7 +276,7 @@ def from_json(text: str) -> Config:
 
     strict = pydantic.ConfigDict(extra="forbid", strict=True)
     for cls in (ModelConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig, Config):
-        cls.__pydantic_config__ = strict  # type: ignore[attr-defined]
+        setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
     try:
         return pydantic.TypeAdapter(Config).validate_json(text)
     except pydantic.ValidationError as error:
@@ -279,7 +292,9 @@ def load(path: str | pathlib.Path) -> Config:
     """A config from a recipe (.py, which defines `config`) or from a saved config (.json)."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ConfigError(f"--config names {path}, which is not a file; expected a recipe such as configs/digits.py")
+        raise ConfigError(
+            f"--config names {path}, which is not a file; expected a recipe such as configs/digits.py"
+        )
     if path.suffix == ".json":
         return from_json(path.read_text())
     found = runpy.run_path(str(path)).get("config")

@@ -36,7 +36,9 @@ def _entries(model: DiT) -> dict[str, _Entry]:
     hidden, out = int(d * model.mlp_ratio), p * p * model.out_channels
     entries: dict[str, _Entry] = {}
 
-    def linear(name: str, path: str, fan_out: int, fan_in: int, split_in=None, split_out=None, layer=None, axis=0):
+    def linear(
+        name: str, path: str, fan_out: int, fan_in: int, split_in=None, split_out=None, layer=None, axis=0
+    ):
         """A Linear layer; split_in / split_out are our kernel's axes where they are more than one."""
         ours_in, ours_out = split_in or (fan_in,), split_out or (fan_out,)
         entries[f"{name}.weight"] = _Entry(
@@ -77,7 +79,9 @@ def _entries(model: DiT) -> dict[str, _Entry]:
 
 def _checked_entries(model: DiT) -> dict[str, _Entry]:
     if model.conditioning != "adaln_zero":
-        raise ValueError(f"the model's conditioning is {model.conditioning!r}; published checkpoints are adaln_zero")
+        raise ValueError(
+            f"the model's conditioning is {model.conditioning!r}; published checkpoints are adaln_zero"
+        )
     return _entries(model)
 
 

@@ -28,7 +28,8 @@ def resolve_attention(kernel: str, dtype: Any) -> str:
 def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (B,N,H,K), k and v (B,M,H,K) -> (B,N,H,K)."""
     if kernel != "einsum":
-        return jax.nn.dot_product_attention(q, k, v, implementation=kernel)  # type: ignore[arg-type]
+        fused: Any = jax.nn.dot_product_attention
+        return fused(q, k, v, implementation=kernel)
     # Heads before tokens: the batched products then read contiguous (tokens, channels) matrices.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     logits = jnp.einsum("bhnk,bhmk->bhnm", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)

@@ -110,7 +110,7 @@ class DiT(nn.Module):
         tokens = tokens + jnp.asarray(positions, self.dtype)[None]  # (B, N, D)
 
         conditions = [TimestepEmbedder(d, name="t_embed")(t)]  # each (B, D), float32
-        if self.num_classes > 0:
+        if y is not None and self.num_classes > 0:
             with_null = self.class_dropout_prob > 0
             conditions.append(LabelEmbedder(self.num_classes, d, with_null, name="y_embed")(y))
         c = sum(conditions[1:], conditions[0])
@@ -161,13 +161,19 @@ class DiT(nn.Module):
 
     def _check(self, x: Array, y: Array | None) -> None:
         if self.conditioning not in MODULATIONS:
-            raise ConfigError(f"conditioning is {self.conditioning!r}; expected one of {', '.join(MODULATIONS)}")
+            raise ConfigError(
+                f"conditioning is {self.conditioning!r}; expected one of {', '.join(MODULATIONS)}"
+            )
         if self.remat != "none" and self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat is {self.remat!r}; expected one of none, {', '.join(REMAT_POLICIES)}")
         if any(side % self.patch_size for side in self.latent_size):
-            raise ConfigError(f"input_size {self.latent_size} is not divisible by patch_size {self.patch_size}")
+            raise ConfigError(
+                f"input_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
+            )
         if self.hidden_size % self.num_heads:
-            raise ConfigError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
+            )
         expected = (*self.latent_size, self.in_channels)
         if x.ndim != 4 or x.shape[1:] != expected:
             raise ValueError(f"x has shape {x.shape}; expected (batch, {', '.join(map(str, expected))})")

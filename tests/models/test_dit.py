@@ -1,0 +1,194 @@
+"""The network: shapes, published numbers, initialisation, and what must not change the result."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax import DiT
+from dit_jax.config import ConfigError
+from dit_jax.interop.official import params_from_state_dict
+from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
+
+CONDITIONINGS = ["in_context", "cross_attention", "adaln", "adaln_zero"]
+TINY = dict(
+    input_size=(8, 12), patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5
+)
+
+
+def batch(n=3, size=(8, 12), channels=4, seed=0):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(n, *size, channels)), jnp.float32)
+    return x, jnp.asarray(rng.integers(0, 1000, n), jnp.int32), jnp.asarray(rng.integers(0, 5, n), jnp.int32)
+
+
+def random_params(model, seed=0):
+    """Parameters away from the zero initialisation, so that every path shows in the output."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *batch())["params"]
+    leaves, tree = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(
+        tree, [jnp.asarray(rng.normal(size=s.shape) * 0.2, jnp.float32) for s in leaves]
+    )
+
+
+def golden(data_dir, name):
+    data = np.load(data_dir / f"official_dit_{name}_sigma.npz")
+    settings = {k.removeprefix("config/"): data[k].item() for k in data.files if k.startswith("config/")}
+    state = {k.removeprefix("params/"): data[k] for k in data.files if k.startswith("params/")}
+    model = DiT(**settings)
+    return data, model, params_from_state_dict(state, model)
+
+
+@pytest.mark.parametrize("name", ["learned", "fixed"])
+def test_output_is_the_published_implementations(data_dir, name):
+    data, model, params = golden(data_dir, name)
+    x = data["x"].transpose(0, 2, 3, 1)
+    out = model.apply({"params": params}, x, jnp.asarray(data["t"]), jnp.asarray(data["y"]))
+    np.testing.assert_allclose(out, data["model/out"].transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_unrolling_and_recomputation_change_neither_output_nor_gradient(conditioning):
+    x, t, y = batch()
+    plain = DiT(**TINY, conditioning=conditioning)
+    params = random_params(plain)
+
+    def value_and_grad(model):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))))(
+            params
+        )
+
+    expected = value_and_grad(plain)
+    for options in ({"unroll": True}, {"remat": "full"}, {"remat": "dots_attention", "unroll": True}):
+        found = value_and_grad(DiT(**TINY, conditioning=conditioning, **options))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_timestep_and_label_reach_every_conditioning(conditioning):
+    model = DiT(**TINY, conditioning=conditioning)
+    params, (x, t, y) = random_params(model), batch()
+    out = model.apply({"params": params}, x, t, y)
+    assert out.shape == (3, 8, 12, 8) and out.dtype == jnp.float32
+    assert float(jnp.abs(out - model.apply({"params": params}, x, t + 300, y)).max()) > 1e-3
+    assert float(jnp.abs(out - model.apply({"params": params}, x, t, (y + 1) % 5)).max()) > 1e-3
+
+
+def test_unconditional_model_takes_no_label():
+    model = DiT(**TINY | {"num_classes": 0}, learn_sigma=False)
+    x, t, _ = batch()
+    params = model.init(jax.random.key(0), x, t)["params"]
+    assert "y_embed" not in params
+    assert model.apply({"params": params}, x, t).shape == x.shape
+
+
+def test_initialisation_is_the_papers():
+    model = DiT(**TINY | {"hidden_size": 128}, conditioning="adaln_zero")
+    params = model.init(jax.random.key(1), *batch())["params"]
+
+    def check_std(kernel, expected):
+        assert float(jnp.std(kernel)) == pytest.approx(expected, rel=0.05)
+
+    d, flat = 128, 2 * 2 * 4
+    for layer in range(2):  # Xavier on the fused matrix: variance 2 / (fan_in + fan_out)
+        check_std(params["blocks"]["attn"]["qkv"]["kernel"][layer], math.sqrt(2 / (d + 3 * d)))
+        check_std(params["blocks"]["attn"]["proj"]["kernel"][layer], math.sqrt(2 / (2 * d)))
+        check_std(params["blocks"]["mlp"]["fc1"]["kernel"][layer], math.sqrt(2 / (5 * d)))
+    check_std(params["patch_embed"]["kernel"], math.sqrt(2 / (flat + d)))
+    check_std(params["t_embed"]["fc1"]["kernel"], 0.02)
+    check_std(params["t_embed"]["fc2"]["kernel"], 0.02)
+    check_std(params["y_embed"]["embedding"], 0.02)
+    assert params["y_embed"]["embedding"].shape == (6, 128)  # 5 classes and the null class
+    for name in ("adaln", "final_adaln", "final_linear"):
+        assert all(not np.any(leaf) for leaf in jax.tree.leaves(params[name])), name
+    biases = [
+        leaf for path, leaf in jax.tree.leaves_with_path(params) if "bias" in jax.tree_util.keystr(path)
+    ]
+    assert len(biases) > 5 and not any(np.any(b) for b in biases)
+    blocks = params["blocks"]["attn"]["qkv"]["kernel"]
+    assert float(jnp.abs(blocks[0] - blocks[1]).max()) > 0.01  # layers differ
+
+
+def test_all_gates_at_zero_make_every_block_the_identity():
+    model = DiT(**TINY)
+    x, t, y = batch()
+    params = model.init(jax.random.key(0), x, t, y)["params"]
+    one_layer = DiT(**TINY | {"depth": 1})
+    cut = dict(params, blocks=jax.tree.map(lambda a: a[:1], params["blocks"]))
+    cut["adaln"] = {"kernel": params["adaln"]["kernel"][:, :1], "bias": params["adaln"]["bias"][:1]}
+    readout = jnp.asarray(np.random.default_rng(0).normal(size=(32, 32)), jnp.float32)
+    for tree in (params, cut):
+        tree["final_linear"] = {"kernel": readout, "bias": jnp.zeros(32)}
+    expected = one_layer.apply({"params": cut}, x, t, y)
+    assert float(jnp.abs(expected).max()) > 0.1
+    np.testing.assert_array_equal(model.apply({"params": params}, x, t, y), expected)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_bfloat16_compute_stays_near_float32_with_float32_parameters(conditioning):
+    x, t, y = batch()
+    exact = DiT(**TINY, conditioning=conditioning)
+    params = random_params(exact)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    expected = exact.apply({"params": params}, x, t, y)
+    out = DiT(**TINY, conditioning=conditioning, dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
+    assert out.dtype == jnp.float32
+    error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
+    assert 1e-5 < error < 0.03  # bfloat16 was used, and harms little
+
+
+def test_attention_kernels_agree():
+    x, t, y = batch()
+    params = random_params(DiT(**TINY))
+    a = DiT(**TINY, attention="einsum").apply({"params": params}, x, t, y)
+    b = DiT(**TINY, attention="xla").apply({"params": params}, x, t, y)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_patches_keep_rows_columns_and_channels_in_order():
+    x = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    tokens = patchify(x, 2)
+    assert tokens.shape == (2, 6, 12)
+    np.testing.assert_array_equal(tokens[1, 4].reshape(2, 2, 3), x[1, 2:4, 2:4])  # row 1, column 1 of 2x3
+    np.testing.assert_array_equal(unpatchify(tokens, 2, (4, 6)), x)
+
+
+def test_positions_encode_column_first_then_row():
+    table = sincos_positions(3, 5, 16).reshape(3, 5, 16)
+    np.testing.assert_array_equal(table[0, :, :8], table[2, :, :8])  # the first half ignores the row
+    np.testing.assert_array_equal(table[:, 0, 8:], table[:, 4, 8:])  # the second ignores the column
+    assert table[1, 0, 8] == pytest.approx(math.sin(1.0)) and table[1, 0, 12] == pytest.approx(math.cos(1.0))
+
+
+def test_a_label_outside_the_table_is_not_silently_another_class():
+    model = DiT(**TINY)
+    x, t, _ = batch()
+    params = random_params(model)
+    assert np.all(np.isfinite(model.apply({"params": params}, x, t, jnp.full(3, 5))))  # the null class
+    assert np.all(np.isnan(model.apply({"params": params}, x, t, jnp.full(3, 6))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": 5}, r"input_size \(8, 12\) is not divisible by patch_size 5"),
+        ({"num_heads": 5}, "hidden_size 32 is not divisible by num_heads 5"),
+        ({"conditioning": "film"}, "conditioning is 'film'"),
+        ({"remat": "some"}, "remat is 'some'"),
+    ],
+)
+def test_impossible_sizes_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DiT(**TINY | options).init(jax.random.key(0), *batch())
+
+
+def test_wrong_inputs_are_refused():
+    model = DiT(**TINY)
+    x, t, y = batch()
+    with pytest.raises(ValueError, match=r"x has shape \(3, 12, 8, 4\); expected \(batch, 8, 12, 4\)"):
+        model.init(jax.random.key(0), x.transpose(0, 2, 1, 3), t, y)
+    with pytest.raises(ValueError, match="y is missing"):
+        model.init(jax.random.key(0), x, t)

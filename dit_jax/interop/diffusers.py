@@ -1,0 +1,163 @@
+"""Autoencoders in diffusers' format, without torch: a folder with config.json and a safetensors file.
+
+A place is named by a folder, by a hub id such as `stabilityai/sd-vae-ft-mse`, or by `digits`, the small
+autoencoder that ships with this package. A pipeline's folder is one too: its autoencoder lies in `vae/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.interop import keymap
+from dit_jax.interop.keymap import CONV, LINEAR, Rule
+from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PIPELINE_SUBFOLDER = "vae"
+
+# Flax joins the index of a list with "_", torch with "."; the rest of the names is diffusers'.
+_PART = r"(encoder|decoder)"
+_BLOCK = rf"{_PART}/(down|up)_blocks_(\d+)"
+_ATTENTION = rf"{_PART}/mid_block/attentions_0"
+
+
+def _layer(pattern: str, name: str, layout: keymap.Layout) -> tuple[Rule, Rule]:
+    return Rule(f"{pattern}/kernel", f"{name}.weight", layout), Rule(f"{pattern}/bias", f"{name}.bias")
+
+
+def _norm(pattern: str, name: str) -> tuple[Rule, Rule]:
+    return Rule(f"{pattern}/scale", f"{name}.weight"), Rule(f"{pattern}/bias", f"{name}.bias")
+
+
+AUTOENCODER_KL_RULES: tuple[Rule, ...] = (
+    *_layer(r"(quant_conv|post_quant_conv)", r"\1", CONV),
+    *_layer(rf"{_PART}/(conv_in|conv_out)", r"\1.\2", CONV),
+    *_norm(rf"{_PART}/conv_norm_out", r"\1.conv_norm_out"),
+    *_layer(rf"{_BLOCK}_(down|up)sample", r"\1.\2_blocks.\3.\4samplers.0.conv", CONV),
+    *_layer(rf"{_BLOCK}_resnets_(\d+)/(conv\w+)", r"\1.\2_blocks.\3.resnets.\4.\5", CONV),
+    *_norm(rf"{_BLOCK}_resnets_(\d+)/(norm\d)", r"\1.\2_blocks.\3.resnets.\4.\5"),
+    *_layer(rf"{_PART}/mid_block/resnets_(\d+)/(conv\w+)", r"\1.mid_block.resnets.\2.\3", CONV),
+    *_norm(rf"{_PART}/mid_block/resnets_(\d+)/(norm\d)", r"\1.mid_block.resnets.\2.\3"),
+    *_norm(rf"{_ATTENTION}/group_norm", r"\1.mid_block.attentions.0.group_norm"),
+    *_layer(rf"{_ATTENTION}/(to_[qkv])", r"\1.mid_block.attentions.0.\2", LINEAR),
+    *_layer(rf"{_ATTENTION}/to_out", r"\1.mid_block.attentions.0.to_out.0", LINEAR),
+)
+
+# Names of the attention layers in files written before diffusers 0.17.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def asset_path(name: str) -> pathlib.Path:
+    """Folder of an asset that ships with the package, such as `digits_vae`."""
+    return pathlib.Path(__file__).resolve().parent.parent / "assets" / name
+
+
+def load_autoencoder_kl(
+    path_or_id: str | os.PathLike[str], subfolder: str | None = None
+) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """An autoencoder and its float32 parameters from diffusers' format (weights in float32 or float16).
+
+    path_or_id: a folder, a hub id, or `digits`. subfolder: where in it the files lie; None looks in the
+    folder itself and then in `vae/`. Raises FileNotFoundError where there is no such folder or file, and
+    ValueError, naming the file and listing the tensors, where config or weights do not fit.
+    """
+    folder = _locate(path_or_id, subfolder)
+    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    try:
+        config = AutoencoderKLConfig.from_json(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    model = AutoencoderKL(config)
+    state_dict = {_new_name(name): tensor for name, tensor in _read(weights_file).items()}
+    return model, keymap.to_flax(state_dict, _shapes(model), AUTOENCODER_KL_RULES, str(weights_file))
+
+
+def save_autoencoder_kl(
+    path: str | os.PathLike[str], model: AutoencoderKL, params: dict[str, Any], dtype: Any = np.float32
+) -> None:
+    """Write an autoencoder as a diffusers folder, weights as `dtype`; no file is ever half written."""
+    import safetensors.numpy
+
+    folder = pathlib.Path(path)
+    state_dict = keymap.to_torch(params, AUTOENCODER_KL_RULES)
+    keymap.to_flax(
+        state_dict, _shapes(model), AUTOENCODER_KL_RULES, "params"
+    )  # refuses what could not be read back
+    state_dict = {name: tensor.astype(dtype) for name, tensor in state_dict.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    try:
+        safetensors.numpy.save_file(state_dict, beside[WEIGHTS_FILE], metadata={"format": "pt"})
+        beside[CONFIG_FILE].write_text(model.config.to_json())
+        for name, written in beside.items():
+            os.replace(written, folder / name)
+    finally:
+        for written in beside.values():
+            written.unlink(missing_ok=True)
+
+
+def weights_hash(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> str:
+    """SHA-256 of the safetensors file: which autoencoder made a set of latents."""
+    with open(_locate(path_or_id, subfolder) / WEIGHTS_FILE, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shapes(model: AutoencoderKL) -> dict[str, Any]:
+    side, channels = model.downsample_factor, model.config.in_channels
+    images = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+
+
+def _new_name(name: str) -> str:
+    match = re.fullmatch(r"(.*\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)", name)
+    return f"{match[1]}.{_OLD_NAMES[match[2]]}.{match[3]}" if match else name
+
+
+def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        return safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _locate(path_or_id: str | os.PathLike[str], subfolder: str | None) -> pathlib.Path:
+    """The folder that holds config.json and the weights."""
+    name = os.fspath(path_or_id)
+    root = asset_path("digits_vae") if name == "digits" else pathlib.Path(name).expanduser()
+    subfolders = ("", PIPELINE_SUBFOLDER) if subfolder is None else (subfolder,)
+    if not root.is_dir():
+        root = _download(name, subfolders)
+    for sub in subfolders:
+        folder = root / sub
+        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+            return folder
+    where = " or ".join(str(root / sub) for sub in subfolders)
+    raise FileNotFoundError(f"autoencoder {name!r}: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {where}")
+
+
+def _download(name: str, subfolders: tuple[str, ...]) -> pathlib.Path:
+    import huggingface_hub
+
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise FileNotFoundError(
+            f"autoencoder {name!r} is not a folder; expected a folder, a hub id such as "
+            "stabilityai/sd-vae-ft-mse, or 'digits'"
+        )
+    wanted = [f"{sub}/{file}".lstrip("/") for sub in subfolders for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
+        raise FileNotFoundError(
+            f"autoencoder {name!r} is neither a folder nor a hub repository within reach: {error}"
+        ) from error

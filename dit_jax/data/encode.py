@@ -222,9 +222,10 @@ def _encode_shards(
     total = sum(map(len, ranges))
     writer: _ShardWriter | None = None
     waiting: collections.deque[tuple[_Batch, Any]] = collections.deque()
+    indices = [index for part in ranges for index in part]
     with (
         tqdm.tqdm(total=total, desc="encoding", unit="images", smoothing=0.05) as bar,
-        decoded(source, [i for r in ranges for i in r], plan.image_size, workers) as examples,
+        decoded(source, indices, plan.image_size, 0 if source.in_memory else workers) as examples,
     ):
 
         def write(batch: _Batch, moments: Any) -> None:
@@ -303,6 +304,10 @@ class _ShardWriter:
                 raise DataError(
                     f"the moments of {example.id} are not finite in {self._plan.dtype}; "
                     "expected finite numbers: try --dtype float32 and --precision float32"
+                )
+            if not 0 <= example.label < max(1, self._plan.num_classes):
+                raise DataError(
+                    f"{example.id} has label {example.label}; expected 0 to {self._plan.num_classes - 1}"
                 )
             self._writer.write(serialize(example.id, example.label, row))
             self._add(row)

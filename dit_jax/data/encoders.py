@@ -62,7 +62,9 @@ def flax_encoder(vae: str | os.PathLike[str], precision: Precision = "float32") 
     config = model.config
 
     def encode(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return model.apply({"params": params}, images, method="encode")  # type: ignore[return-value]
+        # On an accelerator float32 convolutions would otherwise run in TF32 or bfloat16.
+        with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
+            return model.apply({"params": params}, images, method="encode")  # type: ignore[return-value]
 
     return Encoder(
         vae=os.fspath(vae),

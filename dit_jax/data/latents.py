@@ -82,7 +82,7 @@ class LatentDataset:
     def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The source ids of these records."""
         found = dict(self._records(np.asarray(indices, np.int64)))
-        return [found[row][0].decode() for row in range(len(found))]
+        return [os.fsdecode(found[row][0]) for row in range(len(found))]
 
     def _records(self, rows: np.ndarray) -> Iterator[tuple[int, tuple[bytes, int, bytes]]]:
         """(place in rows, parsed record), shard by shard."""

@@ -196,7 +196,7 @@ def serialize(name: str, label: int, moments: np.ndarray) -> bytes:
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     feature = {
-        "id": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[name.encode()])),
+        "id": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[os.fsencode(name)])),
         "label": tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[label])),
         "moments": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[moments.tobytes()])),
     }

@@ -1,14 +1,26 @@
-"""Where images come from: anything that gives record i as an RGB picture with an id and a label."""
+"""Where images come from: digits, a folder of pictures, an .npz file, a TFDS dataset.
+
+Legend: N images, H, W height and width.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+import io
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dit_jax.data.metadata import DataError
+
+# Files of other kinds in a folder are not taken for images.
+EXTENSIONS = frozenset(
+    [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
+)
 
 
 class BadImageError(Exception):
@@ -24,21 +36,71 @@ class Source(Protocol):
     """0 for an unlabelled source."""
     label_names: tuple[str, ...]
     """Name of each class; empty where there are none."""
+    in_memory: bool
+    """Decoded already: worker processes would only copy it."""
 
     def __len__(self) -> int: ...
 
     def fingerprint(self) -> str:
-        """SHA-256 over what identifies the records: their ids and sizes, or their bytes."""
+        """SHA-256 over what identifies the records: their names and sizes, or their bytes."""
 
     def id(self, index: int) -> str:
-        """A name of the record that a person can find it by."""
+        """A name by which a person finds the record."""
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The record as an RGB image and its label (0 without labels). Raises BadImageError."""
 
 
+def open_source(name: str, split: str = "train", tfds_data_dir: str | None = None) -> Source:
+    """The source of that name: `digits`, `folder:PATH`, `npz:PATH`, `tfds:NAME` or `tfds:PATH`.
+
+    split, tfds_data_dir: of a TFDS dataset (and `split` of the digits). Raises DataError where there is no such
+    source or it is not what it should be.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "digits":
+        from dit_jax.data.digits import load_digits
+
+        if split not in ("train", "test"):
+            raise DataError(f"--split is {split!r}; expected train or test for the digits")
+        images, labels = load_digits("test" if split == "test" else "train")
+        return ArraySource(f"digits/{split}", images, labels, tuple("0123456789"))
+    if kind == "folder" and rest:
+        return FolderSource(pathlib.Path(rest).expanduser())
+    if kind == "npz" and rest:
+        return npz_source(pathlib.Path(rest).expanduser())
+    if kind == "tfds" and rest:
+        return TfdsSource(rest, split, tfds_data_dir)
+    raise DataError(f"--source is {name!r}; expected digits, folder:PATH, npz:PATH, tfds:NAME or tfds:PATH")
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """An encoded picture as an upright 8-bit RGB image.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit gray is scaled (Pillow would clip it) and
+    of an animation the first frame is taken. Raises BadImageError.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image, np.float64) / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        if image.mode == "F":
+            raise BadImageError("pixels are floating-point numbers of unknown range")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except BadImageError:
+        raise
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        # Pillow names the in-memory file by its address, which would differ between runs.
+        raise BadImageError(f"{type(error).__name__}: {error}".split(" <_io")[0]) from None
+
+
 class ArraySource:
     """Images (N, H, W, 3) or (N, H, W) uint8 in memory and labels (N,), or none."""
+
+    in_memory = True
 
     def __init__(
         self,
@@ -55,10 +117,9 @@ class ArraySource:
         return len(self.images)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.images.tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.astype(np.int64).tobytes())
-        return digest.hexdigest()
+        return _sha256(
+            [self.images.tobytes(), b"" if self.labels is None else self.labels.astype(np.int64).tobytes()]
+        )
 
     def id(self, index: int) -> str:
         return str(index)
@@ -68,14 +129,162 @@ class ArraySource:
         return Image.fromarray(self.images[index]).convert("RGB"), label
 
 
-def open_source(name: str) -> Source:
-    """The source of that name: `digits`.
+def npz_source(path: pathlib.Path) -> ArraySource:
+    """`images` (N, H, W, 3) or (N, H, W) uint8 of an .npz file, with `labels` (N,) and `label_names` if there."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in ("images", "labels", "label_names") if name in file.files}
+            names = file.files
+    except (OSError, ValueError) as error:
+        raise DataError(f"npz:{path} cannot be read: {error}") from None
+    images, labels = arrays.get("images"), arrays.get("labels")
+    if images is None:
+        raise DataError(
+            f"npz:{path} has the arrays {', '.join(names) or 'none'}; expected images, and labels if any"
+        )
+    if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+        raise DataError(
+            f"npz:{path}: images have shape {images.shape} and type {images.dtype}; expected (N, H, W, 3) or "
+            "(N, H, W) uint8"
+        )
+    if labels is not None and (
+        labels.shape != images.shape[:1]
+        or labels.dtype.kind not in "iu"
+        or (labels.size and labels.min() < 0)
+    ):
+        raise DataError(
+            f"npz:{path}: labels have shape {labels.shape} and type {labels.dtype}; expected {images.shape[:1]} "
+            "integers from 0 on, one for each image"
+        )
+    label_names = tuple(str(name) for name in arrays.get("label_names", ()))
+    if label_names and (labels is None or (labels.size and labels.max() >= len(label_names))):
+        raise DataError(f"npz:{path}: {len(label_names)} label_names do not cover the labels")
+    return ArraySource(f"npz:{path.name}", images, labels, label_names)
 
-    Raises DataError where there is no such source.
+
+class FolderSource:
+    """Pictures in a folder: each subfolder is a class, or, without subfolders, all are unlabelled.
+
+    A class holds every picture below its subfolder; the classes are numbered in the order of their names.
+    Subfolders without pictures are no classes; hidden files and files of other kinds are left out.
     """
-    if name == "digits":
-        from dit_jax.data.digits import load_digits
 
-        images, labels = load_digits("train")
-        return ArraySource("digits", images, labels, tuple("0123456789"))
-    raise DataError(f"--source is {name!r}; expected digits")
+    in_memory = False
+
+    def __init__(self, path: pathlib.Path):
+        if not path.is_dir():
+            raise DataError(
+                f"folder:{path} is not a folder; expected one with a subfolder of pictures per class"
+            )
+        self.path, self.name = path, f"folder:{path.resolve().name}"
+        self.files = sorted(_pictures(path), key=os.fsencode)
+        folders = [file.split("/")[0] for file in self.files if "/" in file]
+        if not self.files:
+            known = " ".join(sorted(EXTENSIONS))
+            raise DataError(f"folder:{path} holds no pictures; expected files ending in {known}")
+        if 0 < len(folders) < len(self.files):
+            loose = next(file for file in self.files if "/" not in file)
+            raise DataError(
+                f"folder:{path} has pictures in subfolders and {len(self.files) - len(folders)} beside them, such as "
+                f"{loose}; expected either a subfolder per class or no subfolders"
+            )
+        self.label_names = tuple(sorted(set(folders), key=os.fsencode))
+        self.num_classes = len(self.label_names)
+        number = {name: index for index, name in enumerate(self.label_names)}
+        self.labels = [number[folder] for folder in folders] or [0] * len(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        sizes = ((self.path / file).stat().st_size for file in self.files)
+        return _sha256(os.fsencode(f"{file}\0{size}\0") for file, size in zip(self.files, sizes, strict=True))
+
+    def id(self, index: int) -> str:
+        return self.files[index]
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            data = (self.path / self.files[index]).read_bytes()
+        except OSError as error:  # the disk's trouble, not the picture's: never skipped
+            raise DataError(f"{self.path / self.files[index]} cannot be read: {error.strerror}") from None
+        return decode_rgb(data), self.labels[index]
+
+
+def _pictures(path: pathlib.Path) -> Iterable[str]:
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                yield os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
+
+
+class TfdsSource:
+    """The features `image` and `label` of a TFDS dataset in a random-access format; needs no TensorFlow.
+
+    name: a dataset's name, or the folder that holds its dataset_info.json.
+    """
+
+    in_memory = False
+
+    def __init__(self, name: str, split: str, data_dir: str | None = None):
+        import tensorflow_datasets as tfds
+
+        builder = _tfds_builder(name, data_dir)
+        features: dict[str, Any] = dict(builder.info.features or {})
+        if split not in builder.info.splits:
+            found = (
+                ", ".join(builder.info.splits)
+                or f"none: run tfds build {name} --file_format=array_record first"
+            )
+            raise DataError(f"--split is {split}; tfds:{name} has the splits {found}")
+        if "image" not in features:
+            raise DataError(
+                f"tfds:{name} has the features {', '.join(features)}; expected image, and label if any"
+            )
+        try:
+            self._records = builder.as_data_source(
+                split=split, decoders={"image": tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise DataError(
+                f"tfds:{name} has no random access; expected the format array_record: {error}"
+            ) from None
+        label = features.get("label")
+        self.name = f"tfds:{builder.info.full_name}/{split}"
+        self.num_classes = getattr(label, "num_classes", None) or 0
+        self.label_names = tuple(getattr(label, "names", ()))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def fingerprint(self) -> str:
+        return _sha256([f"{self.name}\0{len(self)}".encode()])
+
+    def id(self, index: int) -> str:
+        return f"{self.name}/{index}"
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        record = self._records[index]
+        return decode_rgb(record["image"]), int(record["label"]) if self.num_classes else 0
+
+
+def _tfds_builder(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    folder = pathlib.Path(name).expanduser()
+    if (folder / "dataset_info.json").is_file():
+        return tfds.builder_from_directory(folder)
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError):
+        raise DataError(
+            f"--source names tfds:{name}, which is neither a TFDS dataset nor a folder with dataset_info.json"
+        ) from None
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Looking at a finished dataset: every record checked, a sheet of decoded samples.
+
+Legend: M views (image, mirror), h, w latent height and width, c latent channels, H, W image height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from dit_jax.data.latents import LatentDataset
+from dit_jax.data.metadata import METADATA_FILE, DataError, LatentMetadata
+
+CHUNK = 256
+COLUMNS = 8
+
+
+def check(dataset: LatentDataset) -> None:
+    """Read everything once: checksums of the shards, then each record's shape, numbers and label.
+
+    Raises DataError at the first thing that is not as the metadata says.
+    """
+    m = dataset.metadata
+    if sum(m.shard_counts) != m.count:
+        raise DataError(f"{METADATA_FILE} counts {m.count} records, but its shards {sum(m.shard_counts)}")
+    for shard, expected in zip(dataset.shards, m.shard_sha256, strict=True):
+        with open(shard, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise DataError(f"{shard} has another checksum than {METADATA_FILE} says: it is damaged")
+    sums = np.zeros((3, m.latent_shape[2]))
+    with tqdm.tqdm(total=m.count, desc="checking", unit="records", unit_scale=True) as bar:
+        for start in range(0, m.count, CHUNK):
+            rows = np.arange(start, min(start + CHUNK, m.count))
+            batch = dataset.read(rows)
+            _check_records(rows, batch["moments"], batch["label"], m)
+            mean, std = np.split(batch["moments"].astype(np.float64), 2, axis=-1)
+            sums += [np.sum(value, axis=(0, 1, 2, 3)) for value in (mean, mean**2, std**2)]
+            bar.update(len(rows))
+    mean, square, variance = sums / (m.count * np.prod(m.moments_shape[:3]))
+    for name, found in (("mean", mean), ("std", np.sqrt(square - mean**2 + variance))):
+        if not np.allclose(found, getattr(m, f"latent_{name}"), rtol=1e-6, atol=1e-6):
+            raise DataError(f"latent_{name} of the records is {found.tolist()}, not as {METADATA_FILE} says")
+
+
+def _check_records(rows: np.ndarray, moments: np.ndarray, labels: np.ndarray, m: LatentMetadata) -> None:
+    numbers = moments.reshape(len(rows), -1)
+    std = np.split(moments, 2, axis=-1)[1].reshape(len(rows), -1)
+    for what, good in (
+        ("moments that are not finite", np.isfinite(numbers).all(axis=1)),
+        ("a negative standard deviation", (std >= 0).all(axis=1)),
+        (f"a label outside 0..{max(1, m.num_classes) - 1}", (labels >= 0) & (labels < max(1, m.num_classes))),
+    ):
+        if not good.all():
+            raise DataError(f"record {rows[np.argmin(good)]} has {what}")
+
+
+def describe(m: LatentMetadata) -> str:
+    """The metadata for a person to read, one fact a line."""
+    names = (
+        f" ({', '.join(m.label_names[:5])}{', ...' if len(m.label_names) > 5 else ''})"
+        if m.label_names
+        else ""
+    )
+    h, w, c = m.latent_shape
+    lines = [
+        ("source", f"{m.source}, {m.source_count} records"),
+        ("stored", f"{m.count} records in {m.num_shards} shards, {sum(m.shard_bytes) / 1e6:.1f} MB"),
+        ("skipped", f"{len(m.skipped)}"),
+        ("classes", f"{m.num_classes}{names}"),
+        (
+            "images",
+            f"{m.image_size}x{m.image_size}, crop {m.crop}, mirrors {'stored' if m.mirrors else 'not stored'}",
+        ),
+        (
+            "latents",
+            f"{h}x{w}x{c} {m.dtype}, scaling factor {m.scaling_factor:g}, shift factor {m.shift_factor:g}",
+        ),
+        ("mean", " ".join(f"{x:.4f}" for x in m.latent_mean)),
+        ("std", " ".join(f"{x:.4f}" for x in m.latent_std)),
+        ("vae", f"{m.vae} ({m.vae_backend}, {m.precision}), weights {m.vae_hash[:12]}"),
+        ("version", str(m.version)),
+    ]
+    bad = [f"  {name}: {reason}" for name, reason in m.skipped]
+    return "\n".join([f"{name + ':':9} {value}" for name, value in lines] + bad)
+
+
+def sample_sheet(
+    dataset: LatentDataset, file: str | os.PathLike[str], vae: str = "", count: int = 32
+) -> None:
+    """Write a PNG of `count` records, evenly spread over the set, decoded from their posterior's mean.
+
+    Where mirrors are stored, each stands to the right of its image. vae: where the autoencoder lies, if not where
+    the metadata says. Raises DataError where it is not the one that encoded the set.
+    """
+    from PIL import Image
+
+    from dit_jax.interop.diffusers import load_autoencoder_kl, weights_hash
+
+    m = dataset.metadata
+    place = vae or m.vae
+    try:
+        if weights_hash(place) != m.vae_hash:
+            raise DataError(f"{place} is not the autoencoder of this dataset ({m.vae}): its weights differ")
+        model, params = load_autoencoder_kl(place)
+    except OSError as error:
+        raise DataError(f"{error}; --vae names the place of the dataset's autoencoder") from None
+    rows = np.unique(np.linspace(0, m.count - 1, min(count, m.count)).astype(np.int64))
+    moments = dataset.read(rows)["moments"]  # (n, M, h, w, 2c)
+    mean = np.split(moments.astype(np.float32), 2, axis=-1)[0]
+    pictures = [_pixels(model.apply({"params": params}, views, method="decode")) for views in mean]
+    sheet = _grid(np.concatenate(pictures), COLUMNS)
+    pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(sheet).save(file)
+
+
+def _pixels(images: Any) -> np.ndarray:
+    return np.clip(127.5 * np.asarray(images) + 128, 0, 255).astype(np.uint8)
+
+
+def _grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """(n, H, W, 3) -> one picture, row by row, filled up with white."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    sheet[:n] = images
+    sheet = sheet.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    return sheet.reshape(rows * height, columns * width, channels)

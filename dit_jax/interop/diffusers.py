@@ -95,7 +95,8 @@ def save_autoencoder_kl(
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
-        safetensors.numpy.save_file(state_dict, beside[WEIGHTS_FILE], metadata={"format": "pt"})
+        # As bytes: safetensors' own file would be readable by its owner alone.
+        beside[WEIGHTS_FILE].write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
         beside[CONFIG_FILE].write_text(model.config.to_json())
         for name, written in beside.items():
             os.replace(written, folder / name)

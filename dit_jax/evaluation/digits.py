@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_jax.config import ConfigError
 from dit_jax.data import digits
 from dit_jax.evaluation.frechet import frechet_distance
 
@@ -33,3 +34,27 @@ def class_agreement(referee: SVC, images: np.ndarray, labels: np.ndarray) -> flo
 def pixel_frechet(images: np.ndarray, split: digits.Split = "test") -> float:
     """Frechet distance of pictures (N, 32, 32, C) uint8 to the real split, in the referee's 64 features."""
     return frechet_distance(digits.to_8x8(images), digits.load_originals(split)[0])
+
+
+def report(images: np.ndarray, labels: np.ndarray) -> str:
+    """What the referee says of generated digits, beside real ones, as text."""
+    if (
+        images.shape[1:3] != (digits.SIZE, digits.SIZE)
+        or labels.min() < 0
+        or labels.max() >= digits.NUM_CLASSES
+    ):
+        raise ConfigError(
+            f"the samples have shape {images.shape} and labels {labels.min()} to {labels.max()}; "
+            f"expected {digits.SIZE}x{digits.SIZE} digits of classes 0 to {digits.NUM_CLASSES - 1}"
+        )
+    referee = fit_referee()
+    real, real_labels = digits.load_originals("test")
+    train, _ = digits.load_originals("train")
+    real_share = float(np.mean(referee.predict(real) == real_labels))
+    return (
+        f"{len(images)} generated digits, judged by a classifier fitted on real ones:\n"
+        f"  read as the class asked for   {class_agreement(referee, images, labels):7.1%}"
+        f"   (real test digits {real_share:.1%})\n"
+        f"  Frechet distance to real test {pixel_frechet(images):7.2f}"
+        f"   (real training digits {frechet_distance(train, real):.2f}; 64 pixel features)"
+    )

@@ -1,0 +1,43 @@
+"""Files of samples: what sample.py --npz writes and evaluators read.
+
+Legend: N samples, H and W sides in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import numpy as np
+
+from dit_jax.config import ConfigError
+
+
+def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray) -> None:
+    """arr_0: images (N, H, W, 3) uint8, as the ADM evaluator reads them; arr_1: labels (N,).
+
+    The file appears when it is whole.
+    """
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".part")
+    with temporary.open("wb") as file:
+        np.savez(file, images, labels)
+    os.replace(temporary, target)
+
+
+def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            images, labels = found["arr_0"], found["arr_1"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--npz names {path}, which cannot be read ({error}); expected a file of sample.py"
+        ) from None
+    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+        raise ConfigError(
+            f"--npz names {path} with arr_0 {images.shape} {images.dtype} and arr_1 {labels.shape}; "
+            f"expected images (N, H, W, 3) uint8 and labels (N,)"
+        )
+    return images, labels

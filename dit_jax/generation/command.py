@@ -1,0 +1,143 @@
+"""What sample.py does: the weights of a run, its samples, a PNG grid and an .npz."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.config import Config, ConfigError, from_json
+from dit_jax.data.metadata import LatentMetadata
+from dit_jax.evaluation.samples import save_samples
+from dit_jax.generation.sampling import SamplingOptions, check_sampling, generate_images, load_decoder
+from dit_jax.models.dit import build_model
+from dit_jax.pictures import save_grid
+from dit_jax.training.weights import load_weights
+
+
+@dataclass(frozen=True)
+class SampleArgs:
+    """Draw pictures from a trained run."""
+
+    workdir: str = "runs/digits"
+    """Folder of the run."""
+    labels: list[str] = field(default_factory=list)
+    """Classes by number or name, used in turn (default: all classes in turn)."""
+    num_samples: int = 64
+    """How many pictures."""
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    """Sampler: ddpm (ancestral) or ddim."""
+    steps: int = 50
+    """Sampling steps."""
+    eta: float = 0.0
+    """Noise of DDIM: 0 deterministic, 1 like DDPM."""
+    cfg_scale: float = 1.5
+    """Guidance scale; 1 for none."""
+    cfg_channels: int | Literal["all"] = "all"
+    """Latent channels that are guided: all, or the first few (the published DiT sampler: 3)."""
+    cfg_interval: tuple[int, int] | None = None
+    """Lowest and highest timestep with guidance (default: everywhere)."""
+    seed: int = 0
+    """Sample i is a function of (seed, i, label) alone."""
+    out: str | None = None
+    """PNG file for a grid of the pictures (default: WORKDIR/samples.png unless --npz is given)."""
+    grid_count: int = 100
+    """Pictures in the grid at most."""
+    npz: str | None = None
+    """.npz file for all pictures: arr_0 uint8 (N, H, W, 3), as the ADM evaluator reads it, and arr_1 labels."""
+    batch_size: int = 128
+    """Samples at once over all devices; does not change the pictures."""
+    weights: Literal["ema", "params"] = "ema"
+    """Averaged or raw weights."""
+    step: int | None = None
+    """Step of the checkpoint (default: the newest)."""
+    vae: str | None = None
+    """Where the autoencoder lies, if not where the dataset says: a diffusers folder or hub id."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a workdir says of its run."""
+
+    workdir: pathlib.Path
+    config: Config
+    metadata: LatentMetadata
+
+
+def load_run(workdir: str | os.PathLike[str]) -> Run:
+    """The config and the dataset's metadata of a workdir; ConfigError where it is no run's folder."""
+    folder = pathlib.Path(workdir)
+    texts = {}
+    for name in ("config.json", "dataset.json"):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"--workdir is {folder}, which has no {name}; expected the folder of a trained run"
+            )
+        texts[name] = (folder / name).read_text()
+    metadata = LatentMetadata.from_json(texts["dataset.json"], str(folder / "dataset.json"))
+    return Run(folder, from_json(texts["config.json"]), metadata)
+
+
+def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:
+    """Class numbers of labels given by number or name; all classes for an empty list.
+
+    Raises ConfigError for a name that the dataset does not have.
+    """
+    if not names:
+        return np.arange(max(num_classes, 1), dtype=np.int32)
+    numbers = []
+    for name in names:
+        if name in label_names:
+            numbers.append(list(label_names).index(name))
+        elif name.isdigit():
+            numbers.append(int(name))
+        else:
+            known = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
+            raise ConfigError(
+                f"--labels names {name!r}; expected a class number or one of: {known or '(no names)'}"
+            )
+    return np.asarray(numbers, np.int32)
+
+
+def main(args: SampleArgs) -> None:
+    """Draw the samples and write the files; everything that can be checked is checked first."""
+    if args.num_samples < 1 or args.batch_size < 1 or args.grid_count < 1:
+        raise ConfigError("--num-samples, --batch-size and --grid-count are expected to be above 0")
+    run = load_run(args.workdir)
+    config, model = run.config, build_model(run.config)
+    options = SamplingOptions(
+        args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta
+    )
+    classes = label_numbers(args.labels, run.metadata.label_names, model.num_classes)
+    labels = np.resize(classes, args.num_samples)
+    check_sampling(model, config, options, labels)
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    x = jnp.zeros((1, *model.latent_size, model.in_channels))
+    y = jnp.zeros(1, jnp.int32)
+    whole = NamedSharding(mesh, PartitionSpec())
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(model.init, jax.random.key(0), x, y, y)["params"],
+    )
+    params, step = load_weights(run.workdir / "checkpoints", like, config, args.weights, args.step)
+    decoder = load_decoder(run.metadata, args.vae)
+    images = generate_images(
+        model, params, config, options, labels, decoder, mesh, args.seed, args.batch_size, progress=True
+    )
+    if jax.process_index() != 0:
+        return
+    out = args.out or (None if args.npz else str(run.workdir / "samples.png"))
+    if args.npz:
+        save_samples(args.npz, images, labels)
+        print(f"{len(images)} pictures of step {step}: {args.npz}")
+    if out:
+        save_grid(out, images[: args.grid_count])
+        print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")

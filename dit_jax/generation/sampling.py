@@ -1,0 +1,201 @@
+"""From trained weights to pictures: batches of samples over all devices, decoded by the VAE.
+
+Sample i of a seed is a pure function of (seed, i, label): the batch size and the number of devices do not
+change it.
+
+Letters: B samples in a batch, N samples in all, H and W latent sides, C latent channels.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from dit_jax.config import Config, ConfigError
+from dit_jax.data.metadata import LatentMetadata
+from dit_jax.diffusion.create import create_process
+from dit_jax.diffusion.guidance import classifier_free_guidance
+from dit_jax.diffusion.samplers import sample_ddim, sample_ddpm, sample_keys, start_noise
+from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
+from dit_jax.models.dit import DiT
+from dit_jax.pictures import save_grid, to_uint8
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How latents are drawn.
+
+    Attributes: `channels` and `interval` as in `classifier_free_guidance`; `eta` is DDIM's.
+    """
+
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    steps: int = 50
+    cfg_scale: float = 1.0
+    channels: Literal["all"] | int = "all"
+    interval: tuple[float, float] | None = None
+    eta: float = 0.0
+
+
+def batch_axes(mesh: Mesh) -> PartitionSpec:
+    """The batch split over every axis of the mesh but tensor."""
+    return PartitionSpec(tuple(name for name in mesh.axis_names if name != "tensor"))
+
+
+@functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
+def make_latent_sampler(
+    model: DiT, config: Config, options: SamplingOptions, mesh: Mesh
+) -> Callable[[Any, int, np.ndarray, np.ndarray], Array]:
+    """A jitted (params, seed, sample indices (B,), labels (B,)) -> latents (B, H, W, C), replicated.
+
+    The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
+    """
+    process = create_process(config.diffusion, respacing=str(options.steps))
+
+    def sample(params: Any, seed: Array, indices: Array, labels: Array) -> Array:
+        keys = sample_keys(jax.random.key(seed), indices)
+        noise = start_noise(keys, (*model.latent_size, model.in_channels))
+
+        def network(x: Array, t: Array, y: Array) -> Array:
+            return model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
+
+        denoise = classifier_free_guidance(
+            network, labels, model.null_label, options.cfg_scale, options.channels, options.interval
+        )
+        if options.sampler == "ddpm":
+            return sample_ddpm(process, denoise, noise, keys)
+        return sample_ddim(process, denoise, noise, keys, eta=options.eta)
+
+    split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(sample, in_shardings=(None, None, split, split), out_shardings=whole)
+
+
+def make_decoder(
+    vae: AutoencoderKL, vae_params: Any, scaling_factor: float, shift_factor: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Scaled latents (B, H, W, C) -> images (B, f H, f W, 3) uint8, the batch split over local devices."""
+    devices = jax.local_devices()
+    mesh = Mesh(np.array(devices), ("batch",))
+    split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+    placed = jax.device_put(vae_params, whole)
+
+    def decode(params: Any, latents: Array) -> Array:
+        z = from_latents(latents, scaling_factor, shift_factor)
+        return vae.apply({"params": params}, z, method="decode")  # type: ignore[return-value]
+
+    jitted = jax.jit(decode, in_shardings=(whole, split), out_shardings=split)
+
+    def to_images(latents: np.ndarray) -> np.ndarray:
+        padding = -len(latents) % len(devices)
+        padded = np.pad(latents, [(0, padding)] + [(0, 0)] * (latents.ndim - 1))
+        return to_uint8(np.asarray(jitted(placed, jax.device_put(padded, split))))[: len(latents)]
+
+    return to_images
+
+
+def generate_images(
+    model: DiT,
+    params: Any,
+    config: Config,
+    options: SamplingOptions,
+    labels: Sequence[int] | np.ndarray,
+    decoder: Callable[[np.ndarray], np.ndarray] | None,
+    mesh: Mesh,
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> np.ndarray:
+    """Images (N, h, w, 3) uint8 of samples 0..N-1 with these labels (N,).
+
+    In a run of several processes all must call; only process 0 decodes, the others get an empty array.
+    Raises ConfigError for labels or options that the model cannot serve.
+    """
+    labels = np.asarray(labels, np.int32)
+    check_sampling(model, config, options, labels)
+    devices = mesh.size // mesh.shape.get("tensor", 1)
+    batch_size = min(batch_size, len(labels))
+    batch_size += -batch_size % devices
+    sampler = make_latent_sampler(model, config, options, mesh)
+    images = []
+    lead = jax.process_index() == 0
+    with tqdm(total=len(labels), unit="sample", desc="sampling", disable=not (progress and lead)) as bar:
+        for start in range(0, len(labels), batch_size):
+            part = labels[start : start + batch_size]
+            indices = np.arange(start, start + batch_size, dtype=np.int32)
+            padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
+            latents = np.asarray(sampler(params, seed, indices, padded))[: len(part)]
+            if not np.isfinite(latents).all():
+                raise FloatingPointError(
+                    f"samples {start} to {start + len(part) - 1} hold values that are not finite"
+                )
+            if lead and decoder is not None:
+                images.append(decoder(latents))
+            bar.update(len(part))
+    return np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def check_sampling(model: DiT, config: Config, options: SamplingOptions, labels: np.ndarray) -> None:
+    """Raises ConfigError where options or labels do not fit the model or the process."""
+    last = config.diffusion.num_timesteps
+    if not 1 <= options.steps <= last:
+        raise ConfigError(f"--steps is {options.steps}; expected 1 to {last}, the timesteps of training")
+    if len(labels) == 0:
+        raise ConfigError("--num-samples is 0; expected a number above 0")
+    highest = max(model.num_classes - 1, 0)
+    if labels.min() < 0 or labels.max() > highest:
+        bad = labels[(labels < 0) | (labels > highest)][0]
+        raise ConfigError(f"--labels names class {bad}; expected 0 to {highest}")
+    if options.cfg_scale != 1.0 and (model.num_classes == 0 or model.class_dropout_prob == 0):
+        raise ConfigError(
+            f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def load_decoder(
+    metadata: LatentMetadata, vae: str | os.PathLike[str] | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The decoder of a dataset's latents; `vae` says where its autoencoder lies now, if it has moved.
+
+    Raises ConfigError for an autoencoder that has other weights than the one the dataset was encoded by.
+    """
+    from dit_jax.interop.diffusers import load_autoencoder_kl, weights_hash
+
+    place = vae or metadata.vae
+    found = weights_hash(place)
+    if found != metadata.vae_hash:
+        raise ConfigError(
+            f"the autoencoder {place} has weights {found[:12]}; the latents were encoded by {metadata.vae} "
+            f"with weights {metadata.vae_hash[:12]}"
+        )
+    model, params = load_autoencoder_kl(place)
+    return make_decoder(model, params, metadata.scaling_factor, metadata.shift_factor)
+
+
+def write_sample_grid(
+    path: str | os.PathLike[str],
+    *,
+    config: Config,
+    model: DiT,
+    params: Any,
+    metadata: LatentMetadata,
+    mesh: Mesh,
+) -> None:
+    """The grid of samples that a run writes at intervals: the same samples each time, so that progress shows."""
+    t = config.train
+    guided = model.num_classes > 0 and model.class_dropout_prob > 0
+    options = SamplingOptions(steps=t.sample_steps, cfg_scale=t.sample_cfg_scale if guided else 1.0)
+    labels = np.arange(t.sample_count) % max(model.num_classes, 1)
+    decoder = load_decoder(metadata) if jax.process_index() == 0 else None
+    images = generate_images(model, params, config, options, labels, decoder, mesh, t.seed)
+    if decoder is not None:
+        save_grid(path, images)

@@ -1,0 +1,43 @@
+"""Pictures as people see them: pixel values to uint8, grids to PNG files."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+
+import numpy as np
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Values in [-1, 1] -> uint8 by clip(127.5 x + 128, 0, 255), truncated, as the published sampler does."""
+    return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Images (N, H, W, C) uint8 in rows of `columns` (default: a square grid), `gap` white pixels between."""
+    n, h, w, c = images.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def save_grid(path: str | os.PathLike[str], images: np.ndarray, columns: int | None = None) -> None:
+    """Write a grid of images (N, H, W, 1 or 3) uint8 as PNG; the file appears when it is whole.
+
+    Pictures under 64 pixels are enlarged by whole factors, so that they can be looked at.
+    """
+    from PIL import Image
+
+    factor = max(1, 64 // images.shape[1])
+    large = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    canvas = grid(large, columns)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(temporary, format="PNG")
+    os.replace(temporary, path)

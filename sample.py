@@ -1,0 +1,17 @@
+"""Draw pictures from a trained run: python sample.py --workdir runs/digits --num-samples 64 --out grid.png"""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from dit_jax.config import ConfigError
+from dit_jax.generation.command import SampleArgs, main
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(SampleArgs, description=__doc__))
+    except ConfigError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)

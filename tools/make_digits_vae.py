@@ -1,6 +1,6 @@
 """Make dit_jax/assets/digits_vae, the small autoencoder of the embedded digits.
 
-    python tools/make_digits_vae.py            # about three minutes on two CPU cores
+    python tools/make_digits_vae.py            # a few minutes on two CPU cores
 
 Trains on the digits' training split only, in gray; conv_in and conv_out are then widened so that the shipped
 network reads and writes RGB and its pictures are exactly gray. Prints how many reconstructions of the test

@@ -57,7 +57,7 @@ def loss_fn(params, model, images, key):
 def train(model, images, steps, seed):
     """Parameters after `steps` of Adam with a cosine learning rate, on images (N, 32, 32, 1) in [-1, 1]."""
     params = jax.jit(model.init)(jax.random.key(seed), images[:1])["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 8, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     opt_state = optimizer.init(params)
 
@@ -142,6 +142,8 @@ def main():
     parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights, batches and noise")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps is {args.steps}; expected a number above 0")
 
     images = jnp.asarray(digits.load_digits("train")[0][..., :1] / np.float32(127.5) - 1)
     params = train(AutoencoderKL(CONFIG), images, args.steps, args.seed)

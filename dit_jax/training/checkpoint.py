@@ -1,0 +1,259 @@
+"""Checkpoints of a run: written in the background by Orbax, atomically, and checked before they are trusted.
+
+    workdir/checkpoints/STEP/{params,ema,rest}/   arrays (OCDBT), readable one by one
+                            /meta/                 JSON: config and dataset fingerprint
+                            /checksums.json        SHA-256 of every file, committed with them
+
+Nothing in them is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+
+from dit_jax.config import Config, ConfigError, from_json, to_json
+from dit_jax.training.state import TrainState
+
+CHECKSUMS = "checksums.json"
+ARRAYS = ("params", "ema", "rest")
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint is missing, damaged or does not belong to this run."""
+
+
+def say(message: str) -> None:
+    """One line on stderr, from process 0 alone."""
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _groups(state: TrainState) -> dict[str, Any]:
+    """The state as the three items of a checkpoint."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    return {"params": fields.pop("params"), "ema": fields.pop("ema"), "rest": fields}
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, the best by loss, and any milestones."""
+
+    def __init__(self, directory: pathlib.Path, keep: int, milestone_every: int = 0) -> None:
+        policies: list[Any] = [
+            keep_policy.LatestN(keep),
+            keep_policy.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1),
+        ]
+        if milestone_every:
+            policies.append(keep_policy.EveryNSteps(milestone_every))
+        self.directory = directory.absolute()
+        self._saving: int | None = None
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+        )
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory, options=self._options, item_names=(*ARRAYS, "meta"))
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, meta: dict[str, Any], loss: float) -> bool:
+        """Start writing `state` in the background; false if this step is there already.
+
+        A failure to write the previous one or this one (a full disk, say) is reported and training goes on:
+        older checkpoints stay. `wait` raises it.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return False
+        arrays = {name: ocp.args.StandardSave(item) for name, item in _groups(state).items()}
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._report(error)
+        self._saving = step
+        try:
+            args = ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))
+            return self._manager.save(step, args=args, metrics={"loss": loss}, force=True)
+        except OSError as error:
+            self._report(error)
+            return False
+
+    def _report(self, error: Exception) -> None:
+        say(f"checkpoint of step {self._saving} could not be written ({error}); the older ones stay")
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; raises CheckpointError when it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint of step {self._saving} could not be written: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Finish the save in progress and release threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> TrainState | None:
+        """The newest readable state, laid out like `like` (shapes with shardings); None where there is none.
+
+        A damaged checkpoint is set aside, said so, and the one before it is tried. `check` receives the
+        checkpoint's meta and raises for one of another run.
+        """
+        for step in reversed(self.steps()):
+            try:
+                problem = self._problem(step)
+                if problem:
+                    raise CheckpointError(problem)
+                meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
+            except Exception as error:
+                self._set_aside(step, error)
+                continue
+            check(meta)
+            try:
+                return self._restore_arrays(step, like)
+            except Exception as error:
+                self._set_aside(step, error)
+        if any(self.directory.glob("damaged-*")):
+            raise CheckpointError(f"no readable checkpoint is left in {self.directory}; every one is damaged")
+        return None
+
+    def _restore_arrays(self, step: int, like: TrainState) -> TrainState:
+        items = {name: ocp.args.StandardRestore(item) for name, item in _groups(like).items()}
+        found = self._read(step, **items)
+        return TrainState(params=found["params"], ema=found["ema"], **found["rest"])
+
+    def _read(self, step: int, **items: Any) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    # -------------------------------------------------------------------------------------- integrity
+
+    def _write_checksums(self) -> None:
+        """Runs on process 0 in Orbax's background thread when all files are written, before they are committed
+        under the step's name: the list of checksums is part of the atomic commit."""
+        (folder,) = self.directory.glob(f"{self._saving}*")  # 12.orbax-checkpoint-tmp, or 12 on object stores
+        (folder / CHECKSUMS).write_text(json.dumps(file_checksums(folder), indent=1))
+
+    def _problem(self, step: int) -> str:
+        """What is wrong with the files of a checkpoint ("" if nothing); all processes get the same answer."""
+        problem = find_damage(self.directory / str(step)) if jax.process_index() == 0 else ""
+        if jax.process_count() > 1:
+            bad = int(multihost_utils.broadcast_one_to_all(bool(problem)))
+            problem = problem or ("found damaged by process 0" if bad else "")
+        return problem
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        say(f"checkpoint of step {step} is damaged ({first}); going back to the one before it")
+        self._manager.close()
+        if jax.process_index() == 0:
+            aside = self.directory / f"damaged-{step}"
+            while aside.exists():
+                aside = aside.with_name(aside.name + "x")
+            os.rename(self.directory / str(step), aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set aside a damaged checkpoint")
+        self._manager = self._open()
+
+
+def file_checksums(folder: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of every file below a checkpoint's folder, by relative path.
+
+    Left out are the list itself and Orbax's note of its times, which it completes after the list is made.
+    """
+    found = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name not in (CHECKSUMS, "_CHECKPOINT_METADATA"):
+            with file.open("rb") as data:
+                found[file.relative_to(folder).as_posix()] = hashlib.file_digest(data, "sha256").hexdigest()
+    return found
+
+
+def find_damage(folder: pathlib.Path) -> str:
+    """The first file that is missing or differs from the list of checksums; "" for none."""
+    listing = folder / CHECKSUMS
+    if not listing.is_file():
+        return f"{listing} is missing"
+    try:
+        expected = json.loads(listing.read_text())
+    except ValueError:
+        return f"{listing} is not JSON"
+    found = file_checksums(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            return f"{folder / name} is missing"
+        if found[name] != digest:
+            return f"{folder / name} differs from its checksum"
+    return ""
+
+
+# ------------------------------------------------------------------------------------ config and loading
+
+# Options that may change when a run goes on; any other makes it another run.
+HARMLESS = {
+    "model": {"attention", "remat", "unroll"},
+    "data": {"dir", "source", "cache", "workers"},
+    "mesh": {"preset", "data", "fsdp", "tensor"},
+    "train": {
+        "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",
+        "sample_every", "sample_count", "sample_steps", "sample_cfg_scale",
+    },
+}  # fmt: skip
+
+
+def check_same_run(config: Config, saved: Config, where: str | os.PathLike[str]) -> None:
+    """Raises ConfigError, naming the first option that makes `config` another run than the saved one."""
+    for group, options in dataclasses.asdict(config).items():
+        before = dataclasses.asdict(saved)[group]
+        for name, value in options.items():
+            harmless = name in HARMLESS.get(group, ())
+            if name == "steps" and config.optim.schedule != "constant":
+                harmless = False  # the learning rate's decay ends there
+            if value != before[name] and not harmless:
+                option = f"--{group}.{name}".replace("_", "-")
+                raise ConfigError(
+                    f"{option} is {value!r}; the run in {where} has {before[name]!r}: "
+                    f"go on with the same value, or name another --train.workdir"
+                )
+
+
+def meta_of(config: Config, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {"config": json.loads(to_json(config)), "dataset": fingerprint}
+
+
+def check_meta(config: Config, fingerprint: str, directory: pathlib.Path) -> Callable[[dict[str, Any]], None]:
+    """The check for `Checkpoints.restore`: same run, same dataset."""
+
+    def check(meta: dict[str, Any]) -> None:
+        check_same_run(config, from_json(json.dumps(meta["config"])), directory)
+        if meta["dataset"] != fingerprint:
+            raise CheckpointError(
+                f"the checkpoints in {directory} were trained on another dataset "
+                f"(fingerprint {meta['dataset'][:12]}, --data.dir has {fingerprint[:12]})"
+            )
+
+    return check

@@ -1,0 +1,116 @@
+"""The compiled side of a run, made from shapes alone: it needs no data, no real arrays, no hardware."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dit_jax.config import Config, ConfigError
+from dit_jax.diffusion.create import create_process
+from dit_jax.models.dit import DiT, build_model
+from dit_jax.training.optimizer import make_optimizer
+from dit_jax.training.sharding import batch_sharding, check_batch, replicated, state_shardings
+from dit_jax.training.state import TrainState, init_state, make_state
+from dit_jax.training.step import Draw, draw_key, make_train_step
+
+
+@dataclass(frozen=True)
+class Program:
+    """Network, process and jitted functions of a run on one mesh.
+
+    Attributes:
+      state: a TrainState of `jax.ShapeDtypeStruct` with shardings, the layout of the real one.
+      init: () -> fresh TrainState, born sharded.
+      start_from: params -> TrainState at step 0 with these parameters.
+      step: (state, batch) -> (state, metrics); the state's buffers are donated.
+      microbatches: parts of a batch that a step accumulates over.
+    """
+
+    model: DiT
+    process: Any
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    state: TrainState
+    init: Callable[[], TrainState]
+    start_from: Callable[[Any], TrainState]
+    step: Any
+    microbatches: int
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the training state."""
+    model, optimizer = build_model(config), make_optimizer(config)
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer, config), jax.random.key(0))
+    shardings = state_shardings(shapes, mesh, config.mesh.preset)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def abstract_batch(config: Config, mesh: Mesh, dtype: Any = np.float16) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of a global batch of stored moments and labels."""
+    m, b = config.model, config.train.batch_size
+    views = 2 if config.data.mirror else 1
+    return {
+        "moments": jax.ShapeDtypeStruct(
+            (b, views, *m.input_size, 2 * m.in_channels), dtype, sharding=batch_sharding(mesh)
+        ),
+        "label": jax.ShapeDtypeStruct((b,), np.int32, sharding=batch_sharding(mesh)),
+    }
+
+
+def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_factor: float) -> Program:
+    """The program of a resolved config; the two factors are the autoencoder's.
+
+    Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh.
+    """
+    microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)
+    heads = config.model.num_heads
+    if heads and heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"--mesh.tensor is {mesh.shape['tensor']}; expected a divisor of --model.num-heads {heads}"
+        )
+    model, optimizer = build_model(config), make_optimizer(config)
+    process = create_process(config.diffusion)
+    state = abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def init() -> TrainState:
+        return init_state(model, optimizer, config, draw_key(config.train.seed, 0, Draw.INIT))
+
+    train_step = make_train_step(
+        model, process, optimizer, config,
+        scaling_factor=scaling_factor, shift_factor=shift_factor,
+        microbatches=microbatches, mesh=mesh, grad_shardings=_gradient_shardings(state),
+    )  # fmt: skip
+    return Program(
+        model=model,
+        process=process,
+        optimizer=optimizer,
+        mesh=mesh,
+        state=state,
+        init=jax.jit(init, out_shardings=shardings),
+        start_from=jax.jit(
+            lambda params: make_state(params, optimizer, config), in_shardings=(shardings.params,),
+            out_shardings=shardings,
+        ),
+        step=jax.jit(
+            train_step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, replicated(mesh)),
+        ),
+        microbatches=microbatches,
+    )  # fmt: skip
+
+
+def _gradient_shardings(state: TrainState) -> Any:
+    """Gradients lie like the EMA: under zero1 each device then reduces only the part it updates."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state.ema[0])

@@ -1,0 +1,185 @@
+"""Devices as a mesh, and on which of its axes each array is split.
+
+One table names the axes of every parameter by the end of its path; a preset says which named axis is split
+over which axis of the mesh. The optimizer's moments and the EMA lie under paths that end like their
+parameter's, so the same table covers them. Everything else in the state is replicated.
+
+Mesh axes: data (copies, each with its part of the batch), fsdp (splits parameters along the width and also
+the batch), tensor (splits heads and the MLP's hidden width).
+Letters: L layers, D width, H heads, K width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# The end of a parameter's path -> a name per axis (None: never split). Vectors stay whole: they are small.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("(bias|scale)", ()),
+    ("patch_embed/kernel", (None, "embed")),
+    ("t_embed/fc1/kernel", (None, "embed")),
+    ("t_embed/fc2/kernel", ("embed", None)),
+    ("y_embed/embedding", (None, "embed")),
+    ("blocks/attn/qkv/kernel", (None, "embed", None, "heads", None)),  # (L, D, 3, H, K)
+    ("cross_attn/q/kernel", (None, "embed", "heads", None)),  # (L, D, H, K)
+    ("cross_attn/kv/kernel", (None, "embed", None, "heads", None)),  # (L, D, 2, H, K)
+    ("(cross_)?attn/proj/kernel", (None, "heads", None, "embed")),  # (L, H, K, D), of both attentions
+    ("mlp/fc1/kernel", (None, "embed", "mlp")),  # (L, D, 4D)
+    ("mlp/fc2/kernel", (None, "mlp", "embed")),  # (L, 4D, D)
+    ("final_adaln/kernel", ("embed", None, "modulation")),  # (D, 2, D)
+    ("adaln/kernel", ("embed", None, None, "modulation")),  # (D, L, 4 or 6, D)
+    ("final_linear/kernel", ("embed", None)),
+)
+
+Rules = Mapping[str, tuple[str, ...]]
+
+# Preset -> (rules for the parameters, rules for optimizer state and EMA).
+_FSDP: Rules = {"embed": ("fsdp",)}
+_TENSOR: Rules = {"embed": ("fsdp",), "heads": ("tensor",), "mlp": ("tensor",), "modulation": ("tensor",)}
+PRESETS: dict[str, tuple[Rules, Rules]] = {
+    "replicated": ({}, {}),
+    "zero1": ({}, {"embed": ("data",)}),
+    "fsdp": (_FSDP, _FSDP),
+    "fsdp_tensor": (_TENSOR, _TENSOR),
+}
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor) on that many devices: the preset's, where the config states none.
+
+    Raises ConfigError when the preset leaves an axis unused or the product is not the number of devices.
+    """
+    unused = {"replicated": ("fsdp", "tensor"), "zero1": ("fsdp", "tensor"), "fsdp": ("tensor",)}
+    for axis in unused.get(config.preset, ()):
+        if getattr(config, axis) not in (None, 1):
+            raise ConfigError(
+                f"--mesh.{axis} is {getattr(config, axis)}; expected 1, "
+                f"because --mesh.preset {config.preset} splits nothing over it"
+            )
+    tensor = config.tensor if config.tensor is not None else (2 if config.preset == "fsdp_tensor" else 1)
+    fsdp = config.fsdp
+    if fsdp is None:
+        splits = config.preset in ("fsdp", "fsdp_tensor")
+        fsdp = -1 if splits and -1 not in (config.data, tensor) else 1
+    data = config.data if config.data is not None else (1 if -1 in (fsdp, tensor) else -1)
+    sizes = (data, fsdp, tensor)
+    known = math.prod(s for s in sizes if s != -1)
+    filled = tuple(num_devices // known if s == -1 else s for s in sizes)
+    if math.prod(filled) != num_devices:
+        asked = ", ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError(f"--mesh asks for {asked}; expected a product equal to the {num_devices} devices")
+    return filled[0], filled[1], filled[2]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices` (default: all devices of all processes)."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def check_batch(batch_size: int, microbatch: int, mesh: Mesh) -> int:
+    """The number of microbatches a step accumulates over; ConfigError when the batch does not divide."""
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % devices:
+        raise ConfigError(
+            f"--train.batch-size is {batch_size}; expected a multiple of the {devices} devices that split "
+            f"the batch (data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+        )
+    per_device = batch_size // devices
+    if microbatch == 0:
+        return 1
+    if per_device % microbatch:
+        raise ConfigError(
+            f"--train.microbatch is {microbatch}; expected a divisor of the {per_device} images that each of "
+            f"the {devices} devices has of --train.batch-size {batch_size}"
+        )
+    return per_device // microbatch
+
+
+def partition_spec(
+    path: str,
+    shape: Sequence[int],
+    rules: Rules,
+    mesh: Mesh,
+    table: Sequence[tuple[str, tuple[str | None, ...]]] = PARAMETER_AXES,
+) -> PartitionSpec:
+    """Which mesh axes split the parameter at `path` (names joined by "/"); an axis of size 1 splits nothing.
+
+    Raises ConfigError, naming parameter and axis, when the table has no row for it, when two of its axes fall
+    on one mesh axis, or when a size does not divide.
+    """
+    logical = next((axes for end, axes in table if re.search(f"(^|/){end}$", path)), None)
+    if logical is None:
+        raise ConfigError(f"parameter {path} has no row in the sharding table; expected one per parameter")
+    if logical and len(logical) != len(shape):
+        raise ConfigError(
+            f"parameter {path} has shape {tuple(shape)}; the sharding table names axes {logical}"
+        )
+    spec: list[tuple[str, ...] | None] = []
+    taken: dict[str, int] = {}
+    for position, name in enumerate(logical):
+        axes = tuple(a for a in rules.get(name, ()) if mesh.shape[a] > 1) if name else ()
+        for axis in axes:
+            if axis in taken:
+                raise ConfigError(
+                    f"parameter {path}, shape {tuple(shape)}: axes {taken[axis]} and {position} ({name}) "
+                    f"are both split over mesh axis {axis}"
+                )
+            taken[axis] = position
+        parts = math.prod(mesh.shape[a] for a in axes)
+        if shape[position] % parts:
+            raise ConfigError(
+                f"parameter {path}, shape {tuple(shape)}: axis {position} ({name}, size {shape[position]}) "
+                f"is not divisible by mesh axis {' x '.join(axes)} of size {parts}; change --mesh"
+            )
+        spec.append(axes or None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)
+
+
+def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
+    """A NamedSharding for every leaf of a TrainState (of arrays or of their shapes), in the same tree."""
+    params_rules, other_rules = PRESETS[preset]
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        field = name.partition("/")[0]
+        if field not in ("params", "opt_state", "ema") or leaf.ndim == 0:
+            return replicated(mesh)
+        rules = params_rules if field == "params" else other_rules
+        return NamedSharding(mesh, partition_spec(name, leaf.shape, rules, mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or shapes under these shardings."""
+
+    def size(leaf: Any, sharding: NamedSharding) -> int:
+        return int(np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))

@@ -1,0 +1,174 @@
+"""One training step: a pure function of the state and a batch.
+
+Everything random is drawn for the global batch from (seed, step, purpose) before any split, so losses do not
+depend on the number of devices or hosts, nor on microbatches.
+
+Letters: B global batch, A microbatches, h w c latent.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dit_jax.config import Config
+from dit_jax.data.latents import draw_latents
+from dit_jax.training import ema
+from dit_jax.training.optimizer import learning_rate
+from dit_jax.training.sharding import BATCH_AXES
+from dit_jax.training.state import TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Draw(enum.IntEnum):
+    """What a random draw is for."""
+
+    INIT = 0
+    LATENT = 1
+    TIME = 2
+    NOISE = 3
+    LABEL = 4
+
+
+def draw_key(seed: int, step: int | jax.Array, purpose: Draw) -> jax.Array:
+    """The key of one purpose at one step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
+
+
+def drop_labels(key: jax.Array, labels: jax.Array, num_classes: int, probability: float) -> jax.Array:
+    """Labels (B,), each replaced by the null label `num_classes` with this probability."""
+    if num_classes == 0 or probability == 0:
+        return labels
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
+
+
+def make_train_step(
+    model: nn.Module,
+    process: Any,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    *,
+    scaling_factor: float,
+    shift_factor: float,
+    microbatches: int = 1,
+    mesh: Mesh | None = None,
+    grad_shardings: Any = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step `(state, {"moments": (B, M, h, w, 2c), "label": (B,)}) -> (state, metrics of this step)`.
+
+    scaling_factor and shift_factor are the autoencoder's. With a mesh, draws and microbatches are split over
+    its batch axes; with grad_shardings (one per parameter), gradients are reduced onto them.
+    An update that is not finite is left out; it counts in `skipped` and not in the other metrics.
+    """
+    m, seed = config.model, config.train.seed
+    schedule = learning_rate(config)
+
+    def split_batch(tree: Any, axis: int = 0) -> Any:
+        if mesh is None:
+            return tree
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+        return jax.lax.with_sharding_constraint(tree, sharding)
+
+    def draw(batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
+        """The network's inputs for the global batch: clean latents, time, noise, labels."""
+        key = {purpose: draw_key(seed, step, purpose) for purpose in Draw}
+        x0 = draw_latents(batch, key[Draw.LATENT], scaling_factor, shift_factor, config.data.mirror)
+        t = jax.random.randint(key[Draw.TIME], x0.shape[:1], 0, process.num_timesteps)
+        noise = jax.random.normal(key[Draw.NOISE], x0.shape, x0.dtype)
+        label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
+        return split_batch({"x0": x0, "t": t, "noise": noise, "label": label})
+
+    def loss_fn(params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        def denoise_fn(x: jax.Array, t: jax.Array) -> Any:
+            return model.apply({"params": params}, x, t, inputs["label"])
+
+        terms = process.training_losses(denoise_fn, inputs["x0"], inputs["t"], inputs["noise"])
+        quarter = jax.nn.one_hot(inputs["t"] * 4 // process.num_timesteps, 4)  # (B, 4)
+        metrics = {
+            name: terms[name].mean() if name in terms else jnp.zeros(()) for name in ("loss", "mse", "vb")
+        }
+        metrics["loss_sum"] = terms["loss"] @ quarter
+        metrics["loss_count"] = quarter.sum(axis=0)
+        return metrics["loss"], metrics
+
+    def gradients(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+
+        def constrain(grads: Any) -> Any:
+            return (
+                grads if grad_shardings is None else jax.lax.with_sharding_constraint(grads, grad_shardings)
+            )
+
+        if microbatches == 1:
+            grads, metrics = grad_fn(params, inputs)
+            return constrain(grads), metrics
+        # Every microbatch takes a part of each device's rows: no row moves to another device.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            grads, metrics = grad_fn(params, split_batch(part))
+            return jax.tree.map(jnp.add, total, (constrain(grads), metrics)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first))
+        (grads, metrics), _ = jax.lax.scan(add, zeros, split_batch(parts, axis=1))
+        sums = {name: metrics.pop(name) for name in ("loss_sum", "loss_count")}
+        grads, metrics = jax.tree.map(lambda x: x / microbatches, (grads, metrics))
+        return grads, metrics | sums
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        updates_done = state.step - state.skipped
+        grads, metrics = gradients(state.params, draw(batch, state.step + state.data_offset))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decays = ema.decays(config.optim, updates_done)
+        averages = tuple(ema.update(a, params, d) for a, d in zip(state.ema, decays, strict=True))
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        old = (state.params, state.opt_state, state.ema)
+        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), (params, opt_state, averages), old)
+        metrics |= {
+            "steps": jnp.ones(()),
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(new[0]),
+            "learning_rate": jnp.asarray(schedule(updates_done), jnp.float32),
+        }
+        metrics = {name: jnp.where(finite, value, 0) for name, value in metrics.items()}
+        bad = 1 - finite.astype(jnp.int32)
+        metrics["skipped"] = bad.astype(jnp.float32)
+        state = TrainState(
+            step=state.step + 1,
+            params=new[0],
+            opt_state=new[1],
+            ema=new[2],
+            skipped=state.skipped + bad,
+            bad_streak=(state.bad_streak + 1) * bad,
+            data_offset=state.data_offset,
+            totals={name: total + metrics[name] for name, total in state.totals.items()},
+        )
+        return state, metrics
+
+    return train_step
+
+
+def summarise(totals: dict[str, Any]) -> dict[str, float]:
+    """Means over the summed steps, ready for the log; `totals` on the host."""
+    steps = max(float(totals["steps"]), 1.0)
+    sums = ("steps", "skipped", "loss_sum", "loss_count")
+    line = {name: float(total) / steps for name, total in totals.items() if name not in sums}
+    for i in range(4):
+        count = float(totals["loss_count"][i])
+        if count > 0:
+            line[f"loss_t{i + 1}of4"] = float(totals["loss_sum"][i]) / count
+    line["skipped"] = float(totals["skipped"])
+    return line

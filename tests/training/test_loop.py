@@ -1,0 +1,103 @@
+"""The trainer from outside: what a run leaves on disk, and that a resumed run is the same run to the bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dit_jax.config import ConfigError, load
+from dit_jax.training.checkpoint import Checkpoints, file_checksums
+from dit_jax.training.logging import read_lines, truncate
+from dit_jax.training.loop import train
+
+
+@pytest.fixture
+def config(tiny, latents, tmp_path):
+    """A function that makes the config of a run in tmp_path; keywords replace options of `train`."""
+
+    def make(name="run", optim=None, data=None, mesh=None, **options):
+        return tiny.config(
+            train={"workdir": str(tmp_path / name)} | options,
+            data={"dir": str(latents)} | (data or {}),
+            optim=optim or {},
+            mesh=mesh or {},
+        )
+
+    return make
+
+
+def metrics(config):
+    """Lines of metrics.jsonl without the ones that depend on the clock."""
+    import pathlib
+
+    lines = read_lines(pathlib.Path(config.train.workdir) / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "mfu")} for line in lines]
+
+
+def same_bits(a, b):
+    """Every leaf of two trees is equal to the bit."""
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_resume_is_exact_to_the_bit(config):
+    # The first part ends in the middle of a window of the log.
+    whole = train(config("whole", steps=6, log_every=4, checkpoint_every=3))
+    train(config("parts", steps=3, log_every=4, checkpoint_every=3))
+    parts = train(config("parts", steps=6, log_every=4, checkpoint_every=3))
+    assert int(parts.step) == 6
+    same_bits(parts, whole)
+    lines = metrics(config("whole"))
+    assert [line["step"] for line in lines] == [4, 6]
+    resumed = {line["step"]: line for line in metrics(config("parts"))}
+    assert [resumed[4], resumed[6]] == lines
+
+
+def test_a_run_leaves_its_files(config, tmp_path):
+    c = config(steps=5, log_every=2, checkpoint_every=1, keep=2, milestone_every=2)
+    train(c)
+    run = tmp_path / "run"
+    assert load(run / "config.json") == c
+    steps = Checkpoints(run / "checkpoints", keep=9).steps()
+    assert steps[-1] == 5
+    assert {2, 4, 5} <= set(steps)  # two newest and the milestones
+    assert len(steps) <= 4  # and perhaps the best
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    wanted = {"loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate", "images_per_second", "skipped"}
+    assert all(wanted <= set(line) for line in lines)
+    assert list((run / "tensorboard").glob("events*"))
+    again = train(c)  # nothing is left to do
+    assert int(again.step) == 5
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [2, 4, 5]
+
+
+def test_a_contradicting_config_is_refused(config, latents, tmp_path):
+    train(config(steps=1))
+    with pytest.raises(ConfigError, match=r"--optim\.learning-rate is 0\.5; the run in .*run has 0\.001"):
+        train(config(steps=2, optim={"learning_rate": 0.5}))
+    with pytest.raises(ConfigError, match=r"--train\.batch-size is 8; the run in .*run has 16"):
+        train(config(steps=2, batch_size=8))
+    path = tmp_path / "run" / "checkpoints" / "1" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"dataset": "0" * 64}))
+    folder = path.parent.parent
+    (folder / "checksums.json").write_text(json.dumps(file_checksums(folder)))
+    with pytest.raises(ConfigError, match="were trained on another dataset"):
+        train(config(steps=2))
+
+
+def test_a_restored_run_fits_another_mesh(config):
+    train(config(steps=2, mesh={"preset": "replicated"}))
+    state = train(config(steps=2, mesh={"preset": "fsdp_tensor", "data": 2}))
+    fresh = train(config("other", steps=2))
+    assert state.params["blocks"]["mlp"]["fc1"]["kernel"].sharding.shard_shape((2, 32, 64)) == (2, 16, 32)
+    same_bits(state.params, fresh.params)
+
+
+def test_lines_after_the_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    assert [line["step"] for line in read_lines(path)] == [1, 2]
+    truncate(path, 1)
+    assert path.read_text() == '{"step": 1, "loss": 3.0}\n'

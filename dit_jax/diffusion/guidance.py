@@ -53,12 +53,11 @@ def classifier_free_guidance(
         count = x.shape[-1] if channels == "all" else channels
         if count > x.shape[-1]:
             raise ValueError(f"channels is {count}; expected at most the {x.shape[-1]} channels of x")
-        both = denoise_fn(
-            jnp.concatenate([x, x]),
-            jnp.concatenate([t, t]),
-            jnp.concatenate([y, jnp.full_like(y, null_label)]),
-        )  # (2B, H, W, C or 2C)
-        conditional, null = jnp.split(both, 2)
+        # A sample's two halves are neighbours: a batch split over devices then stays where it is.
+        labels = jnp.stack([y, jnp.full_like(y, null_label)], axis=1).reshape(-1)
+        both = denoise_fn(jnp.repeat(x, 2, axis=0), jnp.repeat(t, 2, axis=0), labels)  # (2B, H, W, C or 2C)
+        pairs = both.reshape(-1, 2, *both.shape[1:])
+        conditional, null = pairs[:, 0], pairs[:, 1]
         weight = _weight(scale, interval, t).reshape((-1,) + (1,) * (x.ndim - 1))
         guided_part = null[..., :count] + weight * (conditional[..., :count] - null[..., :count])
         return jnp.concatenate([guided_part, conditional[..., count:].astype(guided_part.dtype)], axis=-1)

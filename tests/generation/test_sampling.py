@@ -1,0 +1,123 @@
+"""Samples are a function of (seed, index, label) alone, and bad requests are refused before any work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from dit_jax.config import Config, ConfigError, DiffusionConfig, ModelConfig, resolve
+from dit_jax.generation.command import label_numbers
+from dit_jax.generation.sampling import (
+    SamplingOptions,
+    check_sampling,
+    generate_images,
+    make_decoder,
+    make_latent_sampler,
+)
+from dit_jax.interop.diffusers import load_autoencoder_kl
+from dit_jax.models.dit import build_model
+
+CONFIG = resolve(
+    Config(
+        model=ModelConfig(
+            depth=1,
+            hidden_size=32,
+            num_heads=2,
+            patch_size=2,
+            input_size=(4, 4),
+            in_channels=4,
+            num_classes=10,
+        ),
+        diffusion=DiffusionConfig(num_timesteps=100, prediction="x0"),  # keeps an untrained network in range
+    )
+)
+OPTIONS = SamplingOptions(sampler="ddpm", steps=4, cfg_scale=1.5)
+
+
+def one_device():
+    return Mesh(np.array(jax.devices()[:1]), ("data",))
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    model = build_model(CONFIG)
+    x, t = jnp.zeros((1, 4, 4, 4)), jnp.zeros(1, jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), x, t, t)["params"]
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda s: jnp.asarray(0.1 * rng.normal(size=s.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def all_latents(model_and_params):
+    """24 samples drawn as one batch on one device."""
+    model, params = model_and_params
+    sampler = make_latent_sampler(model, CONFIG, OPTIONS, one_device())
+    return np.asarray(sampler(params, 3, np.arange(24, dtype=np.int32), np.arange(24, dtype=np.int32) % 10))
+
+
+def test_samples_are_finite_and_differ(all_latents):
+    assert all_latents.shape == (24, 4, 4, 4)
+    assert np.isfinite(all_latents).all()
+    assert np.abs(all_latents[0] - all_latents[10]).max() > 0.1  # same label, another index
+
+
+def test_sample_17_is_the_same_alone_and_in_a_batch(model_and_params, all_latents):
+    model, params = model_and_params
+    sampler = make_latent_sampler(model, CONFIG, OPTIONS, one_device())
+    alone = sampler(params, 3, np.array([17], np.int32), np.array([7], np.int32))
+    np.testing.assert_allclose(alone[0], all_latents[17], atol=1e-5)
+    other_seed = sampler(params, 4, np.array([17], np.int32), np.array([7], np.int32))
+    assert np.abs(other_seed[0] - all_latents[17]).max() > 0.1
+
+
+def test_sample_17_is_the_same_on_eight_devices(model_and_params, all_latents):
+    model, params = model_and_params
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+    sampler = make_latent_sampler(model, CONFIG, OPTIONS, mesh)
+    indices = np.arange(24, dtype=np.int32)
+    np.testing.assert_allclose(sampler(params, 3, indices, indices % 10), all_latents, atol=1e-5)
+
+
+def test_pictures_do_not_depend_on_the_batch_size(model_and_params):
+    model, params = model_and_params
+    vae, vae_params = load_autoencoder_kl("digits")
+    decoder = make_decoder(vae, vae_params, 1.0, 0.0)
+    labels = np.arange(11) % 10
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    whole = generate_images(model, params, CONFIG, OPTIONS, labels, decoder, mesh, seed=3)
+    parts = generate_images(model, params, CONFIG, OPTIONS, labels, decoder, mesh, seed=3, batch_size=4)
+    assert whole.shape == (11, 16, 16, 3) and whole.dtype == np.uint8
+    assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
+    assert whole.std() > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "message"),
+    [
+        ({"steps": 0}, [0], "--steps is 0; expected 1 to 100"),
+        ({"steps": 101}, [0], "--steps is 101; expected 1 to 100"),
+        ({}, [0, 10], "--labels names class 10; expected 0 to 9"),
+        ({}, [], "--num-samples is 0"),
+    ],
+)
+def test_bad_requests_are_refused(options, labels, message):
+    with pytest.raises(ConfigError, match=message):
+        check_sampling(build_model(CONFIG), CONFIG, SamplingOptions(**options), np.asarray(labels, np.int32))
+
+
+def test_guidance_needs_a_null_label():
+    plain = build_model(CONFIG).clone(class_dropout_prob=0.0)
+    with pytest.raises(ConfigError, match=r"--cfg-scale is 1.5; expected 1"):
+        check_sampling(plain, CONFIG, OPTIONS, np.zeros(1, np.int32))
+    check_sampling(plain, CONFIG, SamplingOptions(cfg_scale=1.0), np.zeros(1, np.int32))
+
+
+def test_labels_go_by_number_or_name():
+    names = ("cat", "dog", "7")
+    np.testing.assert_array_equal(label_numbers(["dog", "0", "7"], names, 3), [1, 0, 2])
+    np.testing.assert_array_equal(label_numbers([], names, 3), [0, 1, 2])
+    with pytest.raises(
+        ConfigError, match="--labels names 'cow'; expected a class number or one of: cat, dog, 7"
+    ):
+        label_numbers(["cow"], names, 3)

@@ -1,0 +1,35 @@
+"""Pixels and grids."""
+
+import numpy as np
+from PIL import Image
+
+from dit_jax.pictures import grid, save_grid, to_uint8
+
+
+def test_pixels_are_clipped_and_truncated_as_published():
+    values = np.array([-2.0, -1.0, -0.999, 0.0, 0.5, 0.996, 1.0, 3.0])
+    np.testing.assert_array_equal(to_uint8(values), [0, 0, 0, 128, 191, 254, 255, 255])
+
+
+def test_grid_goes_row_by_row_with_white_between():
+    images = np.stack([np.full((2, 3, 1), v, np.uint8) for v in (10, 20, 30)])
+    canvas = grid(images, columns=2, gap=1)
+    assert canvas.shape == (5, 7, 1)
+    assert canvas[0, 0, 0] == 10 and canvas[0, 4, 0] == 20 and canvas[3, 0, 0] == 30
+    assert (canvas[2] == 255).all() and (canvas[:, 3] == 255).all() and (canvas[3:, 4:] == 255).all()
+
+
+def test_a_png_file_holds_the_grid(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    save_grid(tmp_path / "new" / "grid.png", images)
+    read = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    np.testing.assert_array_equal(read, grid(images))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
+
+
+def test_small_pictures_are_enlarged_by_whole_factors(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 1), dtype=np.uint8)
+    save_grid(tmp_path / "grid.png", images)
+    read = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert read.shape == (64, 64)
+    np.testing.assert_array_equal(read[::4, ::4], images[0, :, :, 0])

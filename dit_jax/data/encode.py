@@ -177,10 +177,8 @@ def _gather(plan: LatentMetadata, facts: Sequence[dict[str, Any]]) -> LatentMeta
     if count == 0:
         raise DataError(f"no image of {plan.source} could be decoded")
     values = count * int(np.prod(plan.moments_shape[:3]))  # of one channel
-    mean, mean_square, variance = (
-        np.sum([f[key] for f in facts], axis=0) / values
-        for key in ("sum_mean", "sum_mean_square", "sum_variance")
-    )
+    mean, _ = np.split(np.sum([f["sum"] for f in facts], axis=0) / values, 2)
+    mean_square, variance = np.split(np.sum([f["sum_of_squares"] for f in facts], axis=0) / values, 2)
     std = np.sqrt(np.maximum(mean_square - mean**2, 0) + variance)
     return dataclasses.replace(
         plan,
@@ -290,32 +288,34 @@ class _ShardWriter:
         self._writer = ArrayRecordWriter(os.fspath(self._file), "group_size:1,uncompressed")
         self._count = 0
         self._skipped: list[tuple[str, str]] = []
-        self._sums = np.zeros((3, plan.latent_shape[2]))
+        self._sums = np.zeros(
+            (2, 2 * plan.latent_shape[2])
+        )  # of the moments and of their squares, per channel
 
     def write(self, examples: Sequence[Example], moments: np.ndarray) -> None:
         """Add a batch: examples with an image take the rows of moments (B, M, h, w, 2c) in order."""
-        rows = iter(moments)
-        for example in examples:
-            if example.problem:
-                self._skipped.append((example.id, example.problem))
-                continue
-            row = next(rows)
-            if not np.isfinite(row).all():
-                raise DataError(
-                    f"the moments of {example.id} are not finite in {self._plan.dtype}; "
-                    "expected finite numbers: try --dtype float32 and --precision float32"
-                )
+        good = [example for example in examples if not example.problem]
+        self._skipped += [(example.id, example.problem) for example in examples if example.problem]
+        moments = moments[: len(good)]
+        finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
+        if not finite.all():
+            raise DataError(
+                f"the moments of {good[int(np.argmin(finite))].id} are not finite in {self._plan.dtype}; "
+                "expected finite numbers: try --dtype float32 and --precision float32"
+            )
+        for example, row in zip(good, moments, strict=True):
             if not 0 <= example.label < max(1, self._plan.num_classes):
                 raise DataError(
                     f"{example.id} has label {example.label}; expected 0 to {self._plan.num_classes - 1}"
                 )
             self._writer.write(serialize(example.id, example.label, row))
-            self._add(row)
-
-    def _add(self, row: np.ndarray) -> None:
-        mean, std = np.split(row.astype(np.float64), 2, axis=-1)
-        self._sums += [np.sum(value, axis=(0, 1, 2)) for value in (mean, mean**2, std**2)]
-        self._count += 1
+        self._count += len(good)
+        values = moments.reshape(len(good), -1, moments.shape[-1]).astype(np.float32)  # (B, M h w, 2c)
+        totals = (np.sum(x, axis=1, dtype=np.float64) for x in (values, np.square(values)))  # each (B, 2c)
+        # Image after image, so that the sums' last bits do not depend on how many come in one call.
+        for total, square in zip(*totals, strict=True):
+            self._sums[0] += total
+            self._sums[1] += square
 
     def close(self) -> None:
         """Put the shard's facts on disk, then give the file its name."""
@@ -328,9 +328,8 @@ class _ShardWriter:
             "bytes": self._file.stat().st_size,
             "sha256": checksum,
             "skipped": self._skipped,
-            "sum_mean": self._sums[0].tolist(),
-            "sum_mean_square": self._sums[1].tolist(),
-            "sum_variance": self._sums[2].tolist(),
+            "sum": self._sums[0].tolist(),
+            "sum_of_squares": self._sums[1].tolist(),
         }
         write_whole(_facts_file(self._out, self._index), json.dumps(facts) + "\n")
         os.replace(self._file, self._out / shard_name(self._index, self._plan.num_shards))

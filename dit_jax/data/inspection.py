@@ -1,20 +1,19 @@
 """Looking at a finished dataset: every record checked, a sheet of decoded samples.
 
-Legend: M views (image, mirror), h, w latent height and width, c latent channels, H, W image height and width.
+Legend: M views (image, mirror), h, w latent height and width, c latent channels.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
-from typing import Any
 
 import numpy as np
 import tqdm
 
 from dit_jax.data.latents import LatentDataset
 from dit_jax.data.metadata import METADATA_FILE, DataError, LatentMetadata
+from dit_jax.pictures import save_grid, to_uint8
 
 CHUNK = 256
 COLUMNS = 8
@@ -97,8 +96,6 @@ def sample_sheet(
     Where mirrors are stored, each stands to the right of its image. vae: where the autoencoder lies, if not where
     the metadata says. Raises DataError where it is not the one that encoded the set.
     """
-    from PIL import Image
-
     from dit_jax.interop.diffusers import load_autoencoder_kl, weights_hash
 
     m = dataset.metadata
@@ -112,21 +109,7 @@ def sample_sheet(
     rows = np.unique(np.linspace(0, m.count - 1, min(count, m.count)).astype(np.int64))
     moments = dataset.read(rows)["moments"]  # (n, M, h, w, 2c)
     mean = np.split(moments.astype(np.float32), 2, axis=-1)[0]
-    pictures = [_pixels(model.apply({"params": params}, views, method="decode")) for views in mean]
-    sheet = _grid(np.concatenate(pictures), COLUMNS)
-    pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet).save(file)
-
-
-def _pixels(images: Any) -> np.ndarray:
-    return np.clip(127.5 * np.asarray(images) + 128, 0, 255).astype(np.uint8)
-
-
-def _grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """(n, H, W, 3) -> one picture, row by row, filled up with white."""
-    n, height, width, channels = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    sheet[:n] = images
-    sheet = sheet.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    return sheet.reshape(rows * height, columns * width, channels)
+    pictures = [
+        to_uint8(np.asarray(model.apply({"params": params}, views, method="decode"))) for views in mean
+    ]
+    save_grid(file, np.concatenate(pictures), COLUMNS)

@@ -86,9 +86,10 @@ class LatentDataset:
 
     def _records(self, rows: np.ndarray) -> Iterator[tuple[int, tuple[bytes, int, bytes]]]:
         """(place in rows, parsed record), shard by shard."""
-        shards = np.searchsorted(self._ends, rows, side="right")
-        for shard in np.unique(shards).tolist():
-            where = np.flatnonzero(shards == shard)
+        order = np.argsort(rows, kind="stable")  # by shard, and forwards within each
+        bounds = np.searchsorted(rows[order], np.concatenate([[0], self._ends]))
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            where = order[bounds[shard] : bounds[shard + 1]]
             first = self._ends[shard] - self.metadata.shard_counts[shard]
             records = self._read_shard(shard, rows[where] - first)
             for row, record in zip(where.tolist(), records, strict=True):
@@ -97,15 +98,18 @@ class LatentDataset:
     def _read_shard(self, shard: int, positions: np.ndarray) -> Sequence[bytes]:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        if self._readers[shard] is None:  # two threads may both open it: the later one stays, both read right
-            self._readers[shard] = ArrayRecordReader(
+        reader = self._readers[shard]
+        if reader is None:  # two threads may both open it: the later one stays, both read right
+            reader = ArrayRecordReader(
                 os.fspath(self.shards[shard]),
-                # Shuffled reads gain nothing from read-ahead; parallelism comes from the loader's threads.
-                options="readahead_buffer_size:0,max_parallelism:0",
+                options="readahead_buffer_size:0",
                 file_reader_buffer_size=32768,
             )
+            self._readers[shard] = reader
         try:
-            return self._readers[shard].read(positions.tolist())
+            # One range per record costs a third of the CPU time of one list of positions, which wakes the
+            # library's thread pool for each; the loader's threads read in parallel anyway.
+            return [record for at in positions.tolist() for record in reader.read(at, at + 1)]
         except (ValueError, RuntimeError, IndexError) as error:
             raise DataError(f"{self.shards[shard]} cannot be read: {error}") from None
 

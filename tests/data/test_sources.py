@@ -128,7 +128,9 @@ def test_folders_that_are_unclear_are_refused(tmp_path):
 
 def test_a_picture_that_cannot_be_decoded_is_named(bad_folder, fake_encoder, tmp_path):
     source = open_source(f"folder:{bad_folder}")
-    with pytest.raises(DataError, match=r"blue/broken.jpg cannot be decoded: OSError: .*runcated.*pass --skip-bad"):
+    with pytest.raises(
+        DataError, match=r"blue/broken.jpg cannot be decoded: OSError: .*runcated.*pass --skip-bad"
+    ):
         prepare(source, fake_encoder(), tmp_path / "set", image_size=16, batch_size=1)
 
 

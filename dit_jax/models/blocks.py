@@ -41,6 +41,11 @@ def modulate(x: Array, shift: Array, scale: Array, dtype: Any) -> Array:
     return (normalize(x) * (1.0 + scale) + shift).astype(dtype)
 
 
+def split_batch(x: Array, sharding: Any) -> Array:
+    """x with its first axis split as `sharding` says (None: left to the compiler), forward and backward."""
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
 class AffineNorm(nn.Module):
     """LayerNorm with learned scale and bias."""
 
@@ -76,10 +81,12 @@ class Block(nn.Module):
     conditioning: str
     attention: str = "einsum"
     dtype: Any = jnp.float32
+    batch_sharding: Any = None
 
     @nn.compact
     def __call__(self, x: Array, modulation: Array | None, context: Array | None) -> tuple[Array, None]:
         """x (B, N, D), modulation (B, 4 or 6, D) for adaLN, context (B, M, D) for cross-attention."""
+        x = split_batch(x, self.batch_sharding)
         attention = SelfAttention(self.num_heads, self.attention, self.dtype, name="attn")
         mlp = Mlp(self.mlp_hidden, self.dtype, name="mlp")
         if modulation is None:

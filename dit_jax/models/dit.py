@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dit_jax.config import Config, ConfigError
 from dit_jax.models.attention import resolve_attention
-from dit_jax.models.blocks import MODULATIONS, AffineNorm, Block, modulate
+from dit_jax.models.blocks import MODULATIONS, AffineNorm, Block, modulate, split_batch
 from dit_jax.models.embeddings import (
     LabelEmbedder,
     Linear,
@@ -60,7 +60,9 @@ class DiT(nn.Module):
 
     Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
     `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `dtype` is the
-    precision of computation (parameters, norms, softmax and the conditioning vector stay float32).
+    precision of computation (parameters, norms, softmax and the conditioning vector stay float32);
+    `batch_sharding` (a `jax.sharding.Sharding` of the first axis, None on one device) is kept by the activations
+    of every block. Without it the compiler may split them along the width instead, as split parameters are.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -78,6 +80,7 @@ class DiT(nn.Module):
     attention: str = "auto"
     remat: str = "none"
     unroll: bool = False
+    batch_sharding: Any = None
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -113,7 +116,7 @@ class DiT(nn.Module):
         if y is not None and self.num_classes > 0:
             with_null = self.class_dropout_prob > 0
             conditions.append(LabelEmbedder(self.num_classes, d, with_null, name="y_embed")(y))
-        c = sum(conditions[1:], conditions[0])
+        c = split_batch(sum(conditions[1:], conditions[0]), self.batch_sharding)
         sequence = jnp.stack(conditions, axis=1).astype(self.dtype)  # (B, 1 or 2, D)
 
         vectors = MODULATIONS[self.conditioning]
@@ -125,6 +128,7 @@ class DiT(nn.Module):
             modulation = modulation.swapaxes(0, 1)  # (L, B, 4 or 6, D)
         context = sequence if self.conditioning == "cross_attention" else None
         tokens, _ = self._blocks()(tokens, modulation, context)
+        tokens = split_batch(tokens, self.batch_sharding)
         tokens = tokens[:, : self.grid_size[0] * self.grid_size[1]]  # in_context's extra tokens go
 
         if vectors:
@@ -156,6 +160,7 @@ class DiT(nn.Module):
             conditioning=self.conditioning,
             attention=resolve_attention(self.attention, self.dtype),
             dtype=self.dtype,
+            batch_sharding=self.batch_sharding,
             name="blocks",
         )
 
@@ -181,8 +186,8 @@ class DiT(nn.Module):
             raise ValueError(f"y is missing; the model has {self.num_classes} classes")
 
 
-def build_model(config: Config) -> DiT:
-    """The network of a resolved config."""
+def build_model(config: Config, batch_sharding: Any = None) -> DiT:
+    """The network of a resolved config; `batch_sharding` as in `DiT`."""
     m = config.model
     assert m.patch_size and m.hidden_size and m.num_heads and m.depth
     return DiT(
@@ -201,4 +206,5 @@ def build_model(config: Config) -> DiT:
         attention=m.attention,
         remat=m.remat,
         unroll=m.unroll,
+        batch_sharding=batch_sharding,
     )

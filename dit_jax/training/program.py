@@ -88,7 +88,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
         return init_state(model, optimizer, config, draw_key(config.train.seed, 0, Draw.INIT))
 
     train_step = make_train_step(
-        model, process, optimizer, config,
+        build_model(config, batch_sharding(mesh)), process, optimizer, config,
         scaling_factor=scaling_factor, shift_factor=shift_factor,
         microbatches=microbatches, mesh=mesh, grad_shardings=_gradient_shardings(state),
     )  # fmt: skip

@@ -3,19 +3,30 @@
 import sys
 
 from dit_jax.config import ConfigError, parse_args
+from dit_jax.training import launch
 
 
 def main() -> int:
-    """Exit code 0 when the run is finished, 2 for a bad option."""
+    """Exit code 0: finished; 2: bad option; 3: diverged; 75: stopped by a signal, the same command goes on."""
     try:
-        config = parse_args()
+        options, rest, launch_help = launch.parse_launch()
+        config = parse_args(rest, more_help=launch_help)
+        launch.initialize(options)
+        if options.dry_run:
+            from dit_jax.training.plan import describe_plan
+
+            print(describe_plan(config))
+            return 0
         from dit_jax.training.loop import train
 
-        train(config)
+        state = train(config)
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return launch.EXIT_BAD_OPTION
+    except launch.TrainingDivergedError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return launch.EXIT_DIVERGED
+    return 0 if int(state.step) >= config.train.steps else launch.EXIT_STOPPED
 
 
 if __name__ == "__main__":

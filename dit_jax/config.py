@@ -125,6 +125,11 @@ class OptimConfig:
     """Largest global gradient norm (0: no clipping)."""
     ema_decay: float = 0.9999
     """Decay of the exponential moving average; warmed up as min(decay, (1 + n) / (10 + n))."""
+    ema_more: tuple[float, ...] = ()
+    """Decays of further averages that are kept beside the main one."""
+    ema_sigma_rel: tuple[float, ...] = ()
+    """Relative widths of power-function averages (EDM2), such as 0.05 0.1; with train.snapshot-every any other
+    width can be made afterwards."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,14 @@ class TrainConfig:
     """Newest checkpoints kept; the one with the best loss is kept as well."""
     milestone_every: int = 0
     """Steps between checkpoints that are kept for good (0: none)."""
+    snapshot_every: int = 0
+    """Steps between snapshots of the averages of optim.ema-sigma-rel (0: none)."""
+    bad_steps: int = 10
+    """Updates in a row that are not finite before the run goes back to its last checkpoint, on other data."""
+    max_rollbacks: int = 3
+    """How often it may do so before it stops."""
+    init_from: str = ""
+    """Folder of a run whose averaged weights this one starts from; its number of classes may differ."""
     sample_every: int = 10_000
     """Steps between grids of samples (0: none)."""
     sample_count: int = 64
@@ -220,11 +233,10 @@ def _require(good: bool, option: str, found: object, expected: str) -> None:
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
 diffusion.num_timesteps optim.learning_rate train.batch_size train.steps train.log_every train.checkpoint_every
-train.keep train.sample_count train.sample_steps"""
+train.keep train.bad_steps train.sample_count train.sample_steps"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
-train.seed
-train.microbatch train.milestone_every data.workers"""
+train.seed train.microbatch train.milestone_every train.snapshot_every train.max_rollbacks data.workers"""
 
 
 def _check_values(config: Config) -> None:
@@ -238,6 +250,10 @@ def _check_values(config: Config) -> None:
         _require(0 <= value(option) < 1, option, value(option), "at least 0 and below 1")
     for option in _NOT_NEGATIVE.split():
         _require(value(option) >= 0, option, value(option), "0 or more")
+    for decay in config.optim.ema_more:
+        _require(0 <= decay < 1, "optim.ema_more", decay, "at least 0 and below 1")
+    for width in config.optim.ema_sigma_rel:
+        _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
     m = config.model
     assert m.patch_size and m.hidden_size and m.num_heads  # filled by resolve
     for side in m.input_size:
@@ -303,8 +319,13 @@ def load(path: str | pathlib.Path) -> Config:
     return found
 
 
-def parse_args(args: Sequence[str] | None = None, default: str = "configs/digits.py") -> Config:
-    """The config of a command line: a recipe named by --config, then one option per override, resolved."""
+def parse_args(
+    args: Sequence[str] | None = None, default: str = "configs/digits.py", more_help: str = ""
+) -> Config:
+    """The config of a command line: a recipe named by --config, then one option per override, resolved.
+
+    more_help describes options that the caller has taken out of `args`.
+    """
     import argparse
     import sys
 
@@ -318,6 +339,6 @@ def parse_args(args: Sequence[str] | None = None, default: str = "configs/digits
         args=rest,
         default=load(known.config),
         description=f"{Config.__doc__}\n\n--config FILE names a recipe in configs/ (default: {default}); every "
-        "option below overrides it.",
+        f"option below overrides it.\n\n{more_help}",
     )
     return resolve(config)

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
-from dit_jax.config import Config, ConfigError, from_json, to_json
+from dit_jax.config import ConfigError
 from dit_jax.training.state import TrainState
 
 CHECKSUMS = "checksums.json"
@@ -110,10 +110,18 @@ class Checkpoints:
                 f"checkpoint of step {self._saving} could not be written: {error}"
             ) from error
 
-    def close(self) -> None:
-        """Finish the save in progress and release threads."""
-        self.wait()
-        self._manager.close()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Finish the save in progress; raises CheckpointError when that fails, unless something else already did."""
+        try:
+            self.wait()
+        except CheckpointError:
+            if kind is None:
+                raise
+        finally:
+            self._manager.close()
 
     def restore(
         self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
@@ -208,52 +216,3 @@ def find_damage(folder: pathlib.Path) -> str:
         if found[name] != digest:
             return f"{folder / name} differs from its checksum"
     return ""
-
-
-# ------------------------------------------------------------------------------------ config and loading
-
-# Options that may change when a run goes on; any other makes it another run.
-HARMLESS = {
-    "model": {"attention", "remat", "unroll"},
-    "data": {"dir", "source", "cache", "workers"},
-    "mesh": {"preset", "data", "fsdp", "tensor"},
-    "train": {
-        "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",
-        "sample_every", "sample_count", "sample_steps", "sample_cfg_scale",
-    },
-}  # fmt: skip
-
-
-def check_same_run(config: Config, saved: Config, where: str | os.PathLike[str]) -> None:
-    """Raises ConfigError, naming the first option that makes `config` another run than the saved one."""
-    for group, options in dataclasses.asdict(config).items():
-        before = dataclasses.asdict(saved)[group]
-        for name, value in options.items():
-            harmless = name in HARMLESS.get(group, ())
-            if name == "steps" and config.optim.schedule != "constant":
-                harmless = False  # the learning rate's decay ends there
-            if value != before[name] and not harmless:
-                option = f"--{group}.{name}".replace("_", "-")
-                raise ConfigError(
-                    f"{option} is {value!r}; the run in {where} has {before[name]!r}: "
-                    f"go on with the same value, or name another --train.workdir"
-                )
-
-
-def meta_of(config: Config, fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint says of itself."""
-    return {"config": json.loads(to_json(config)), "dataset": fingerprint}
-
-
-def check_meta(config: Config, fingerprint: str, directory: pathlib.Path) -> Callable[[dict[str, Any]], None]:
-    """The check for `Checkpoints.restore`: same run, same dataset."""
-
-    def check(meta: dict[str, Any]) -> None:
-        check_same_run(config, from_json(json.dumps(meta["config"])), directory)
-        if meta["dataset"] != fingerprint:
-            raise CheckpointError(
-                f"the checkpoints in {directory} were trained on another dataset "
-                f"(fingerprint {meta['dataset'][:12]}, --data.dir has {fingerprint[:12]})"
-            )
-
-    return check

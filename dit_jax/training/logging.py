@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 
 import jax
+
+from dit_jax import flops
+from dit_jax.config import Config
 
 
 class MetricsLog:
@@ -35,8 +40,10 @@ class MetricsLog:
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
-    def close(self) -> None:
-        """Close both files."""
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
             self._events.close()
@@ -60,3 +67,39 @@ def truncate(path: pathlib.Path, step: int) -> None:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(temporary, path)
+
+
+class Throughput:
+    """Images per second and the share of the devices' peak, over the time between lines of the log."""
+
+    def __init__(self, config: Config, num_devices: int) -> None:
+        self._batch_size = config.train.batch_size
+        self._flops_per_image = flops.train_flops_per_image(config)
+        peak = flops.peak_flops(jax.devices()[0].device_kind)
+        self._peak = peak * num_devices if peak else None
+        self._since: float | None = None
+        self._step = 0
+
+    @property
+    def started(self) -> bool:
+        """Whether a lap is running."""
+        return self._since is not None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        start = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since += time.perf_counter() - start
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Rates since the last call; {} at the first."""
+        now, rates = time.perf_counter(), {}
+        if self._since is not None:
+            rate = (step - self._step) * self._batch_size / (now - self._since)
+            rates["images_per_second"] = rate
+            if self._peak:
+                rates["mfu"] = rate * self._flops_per_image / self._peak
+        self._since, self._step = now, step
+        return rates

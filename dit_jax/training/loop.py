@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
-import os
+import dataclasses
 import pathlib
-import time
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import tqdm
+from jax.sharding import Mesh
 
-from dit_jax import flops
-from dit_jax.config import Config, ConfigError, from_json, to_json
-from dit_jax.data.latents import open_dataset
+from dit_jax.config import Config
+from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import batches
-from dit_jax.data.metadata import LatentMetadata
-from dit_jax.training.checkpoint import Checkpoints, check_meta, check_same_run, meta_of
-from dit_jax.training.logging import MetricsLog
-from dit_jax.training.program import build_program
+from dit_jax.training.checkpoint import Checkpoints, say
+from dit_jax.training.launch import StopSignal, TrainingDivergedError
+from dit_jax.training.logging import MetricsLog, Throughput
+from dit_jax.training.program import Program, build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
+from dit_jax.training.snapshots import Snapshots
 from dit_jax.training.state import TrainState, zero_totals
 from dit_jax.training.step import summarise
+from dit_jax.training.weights import initial_weights
+from dit_jax.training.workdir import (
+    check_meta,
+    check_workdir,
+    dataset_fingerprint,
+    meta_of,
+    write_description,
+)
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices: batches wait in their memory
 
@@ -31,142 +39,135 @@ STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices: batches wa
 def train(config: Config) -> TrainState:
     """Train until step `config.train.steps`, from the newest checkpoint in the workdir if there is one.
 
-    Returns the final state. Raises ConfigError, before anything is written, for options that contradict each
-    other, the devices, the dataset or the run that the workdir holds.
+    Returns the last state; its step is smaller when SIGTERM or Ctrl-C asked to stop: all is saved then, and
+    the same call goes on. Raises ConfigError, before anything is written, for options that contradict each
+    other, the devices, the dataset or the run that the workdir holds, and TrainingDivergedError.
     """
-    t, workdir = config.train, pathlib.Path(config.train.workdir)
+    workdir = pathlib.Path(config.train.workdir)
     check_workdir(config, workdir)
     mesh = make_mesh(config.mesh)
     dataset = open_dataset(config)
-    metadata, fingerprint = dataset.metadata, dataset_fingerprint(dataset.metadata)
+    metadata = dataset.metadata
     program = build_program(
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor
     )
-
-    with contextlib.ExitStack() as closing:
-        checkpoints = Checkpoints(workdir / "checkpoints", t.keep, t.milestone_every)
-        closing.callback(checkpoints.close)
-        state = checkpoints.restore(program.state, check_meta(config, fingerprint, checkpoints.directory))
-        if state is None:
-            state = program.init()
-        step = int(state.step)
-        write_description(config, metadata, workdir)
-        log = MetricsLog(workdir, step)
-        closing.callback(log.close)
-        data = batches(
-            dataset, t.batch_size, t.seed, step + int(state.data_offset), batch_sharding(mesh),
-            cache=config.data.cache, workers=config.data.workers,
-        )  # fmt: skip
-        closing.callback(data.close)
-        bar = closing.enter_context(
-            tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
+    meta = meta_of(config, dataset_fingerprint(metadata))
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", config.train.keep, config.train.milestone_every)
         )
+        state = checkpoints.restore(program.state, check_meta(config, meta["dataset"], checkpoints.directory))
+        if state is None:
+            state = first_state(config, program)
+        write_description(config, metadata, workdir)
+        stop = stack.enter_context(StopSignal())
+        run = Run(config, workdir, mesh, dataset, program, checkpoints, meta, stop)
+        for _ in range(config.train.max_rollbacks + 1):
+            state = run.go_on(state)
+            if int(state.bad_streak) < config.train.bad_steps:
+                return state
+            failed, state = state, run.last_good(state)
+            say(
+                f"the last {int(failed.bad_streak)} updates up to step {int(failed.step)} were not finite: "
+                f"going back to step {int(state.step)} and on with other data"
+            )
+    raise TrainingDivergedError(
+        f"training diverged at step {int(failed.step)}: updates are not finite, "
+        f"also after {config.train.max_rollbacks} returns to the last checkpoint (--train.max-rollbacks)"
+    )
 
-        clock, loss = Throughput(config, mesh.size), float("inf")
+
+def first_state(config: Config, program: Program) -> TrainState:
+    """The state at step 0: fresh, or from the weights of another run."""
+    state = program.init()
+    if not config.train.init_from:
+        return state
+    return program.start_from(initial_weights(config, state.params))
+
+
+@dataclass
+class Run:
+    """One run in this process: what the loop needs from step to step."""
+
+    config: Config
+    workdir: pathlib.Path
+    mesh: Mesh
+    dataset: LatentDataset
+    program: Program
+    checkpoints: Checkpoints
+    meta: dict[str, Any]
+    stop: StopSignal
+
+    def go_on(self, state: TrainState) -> TrainState:
+        """Train from `state` to the last step, a request to stop, or too many bad updates in a row."""
+        config, t, step = self.config, self.config.train, int(state.step)
+        first = step + int(state.data_offset)
+        sharding = batch_sharding(self.mesh)
+        data = batches(
+            self.dataset, t.batch_size, t.seed, first, sharding, config.data.cache, config.data.workers
+        )
+        bar = tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
+        clock, loss = Throughput(config, self.mesh.size), float("inf")
         in_flight: collections.deque[Any] = collections.deque()
-        while step < t.steps:
-            state, metrics = program.step(state, next(data))
-            step += 1
-            in_flight.append(metrics)
-            if len(in_flight) > STEPS_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
-            bar.update()
-            if not clock.started:  # compilation is over
-                jax.block_until_ready(metrics)
-                clock.lap(step)
+        with (
+            contextlib.closing(data), bar, MetricsLog(self.workdir, step) as log,
+            Snapshots(self.workdir, config, step) as snapshots,
+        ):  # fmt: skip
+            while step < t.steps:
+                state, metrics = self.program.step(state, next(data))
+                step += 1
+                in_flight.append(metrics)
+                if len(in_flight) > STEPS_IN_FLIGHT:
+                    jax.block_until_ready(in_flight.popleft())
+                if not clock.started:  # compilation is over
+                    jax.block_until_ready(metrics)
+                    clock.lap(step)
+                bar.update()
 
-            if step % t.log_every == 0 or step == t.steps:
-                line = summarise(jax.device_get(state.totals))  # waits for this step
-                if step % t.log_every == 0:  # a run that is extended later completes the window
-                    state = state.replace(totals=reset_totals(state.totals))
-                line |= clock.lap(step)
-                loss = line["loss"]
-                log.write(step, line)
-                bar.set_postfix({"loss": f"{loss:.4f}", "img/s": f"{line['images_per_second']:.0f}"})
-            if step % t.checkpoint_every == 0 or step == t.steps:
+                last = step == t.steps
+                if last or step % t.log_every == 0:
+                    line = summarise(jax.device_get(state.totals))  # waits for this step
+                    if step % t.log_every == 0:  # a run that is extended later completes the window
+                        state = dataclasses.replace(state, totals=reset_totals(state.totals))
+                    line |= clock.lap(step)
+                    loss = line["loss"]
+                    log.write(step, line)
+                    bar.set_postfix({"loss": f"{loss:.4f}", "img/s": f"{line['images_per_second']:.0f}"})
+                    if int(state.bad_streak) >= t.bad_steps:
+                        return state
                 with clock.paused():
-                    checkpoints.save(state, meta_of(config, fingerprint), loss)
-            if t.sample_every and (step % t.sample_every == 0 or step == t.steps):
-                from dit_jax.generation import write_sample_grid
+                    snapshots.save(state, step)
+                    due = step % t.checkpoint_every == 0
+                    # A state whose last update failed is no place to go back to.
+                    if last or (due and int(state.bad_streak) == 0):
+                        self.checkpoints.save(state, self.meta, loss)
+                    if t.sample_every and (last or step % t.sample_every == 0):
+                        self.sample(state, step)
+                if not last and self.stop.requested(step):
+                    self.checkpoints.save(state, self.meta, loss)
+                    self.checkpoints.wait()
+                    say(f"asked to stop: step {step} is saved, the same command goes on from it")
+                    break
+        return state
 
-                with clock.paused():
-                    path = workdir / "samples" / f"{step:07d}.png"
-                    write_sample_grid(
-                        path,
-                        config=config,
-                        model=program.model,
-                        params=state.ema[0],
-                        metadata=metadata,
-                        mesh=mesh,
-                    )
-    return state
+    def sample(self, state: TrainState, step: int) -> None:
+        """Write the grid of samples of this step."""
+        from dit_jax.generation import write_sample_grid
+
+        write_sample_grid(
+            self.workdir / "samples" / f"{step:07d}.png",
+            config=self.config, model=self.program.model, params=state.ema[0],
+            metadata=self.dataset.metadata, mesh=self.mesh,
+        )  # fmt: skip
+
+    def last_good(self, failed: TrainState) -> TrainState:
+        """The newest checkpoint, or the start, with data from after the step that failed."""
+        self.checkpoints.wait()
+        state = self.checkpoints.restore(self.program.state) or first_state(self.config, self.program)
+        offset = failed.step + failed.data_offset - state.step
+        return dataclasses.replace(state, data_offset=jax.device_put(offset, state.data_offset.sharding))
 
 
 def reset_totals(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Zeros, laid out as the totals were."""
     return {name: jax.device_put(zero, totals[name].sharding) for name, zero in zero_totals().items()}
-
-
-class Throughput:
-    """Images per second and the share of the devices' peak, over the time between lines of the log."""
-
-    def __init__(self, config: Config, num_devices: int) -> None:
-        self._batch_size = config.train.batch_size
-        self._flops_per_image = flops.train_flops_per_image(config)
-        peak = flops.peak_flops(jax.devices()[0].device_kind)
-        self._peak = peak * num_devices if peak else None
-        self._since: float | None = None
-        self._step = 0
-
-    @property
-    def started(self) -> bool:
-        """Whether a lap is running."""
-        return self._since is not None
-
-    @contextlib.contextmanager
-    def paused(self) -> Any:
-        """Time spent inside does not count."""
-        start = time.perf_counter()
-        yield
-        if self._since is not None:
-            self._since += time.perf_counter() - start
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Rates since the last call; {} at the first."""
-        now, rates = time.perf_counter(), {}
-        if self._since is not None:
-            rate = (step - self._step) * self._batch_size / (now - self._since)
-            rates["images_per_second"] = rate
-            if self._peak:
-                rates["mfu"] = rate * self._flops_per_image / self._peak
-        self._since, self._step = now, step
-        return rates
-
-
-def dataset_fingerprint(metadata: Any) -> str:
-    """SHA-256 of a dataset's metadata, which holds a checksum of every shard."""
-    return hashlib.sha256(metadata.to_json().encode()).hexdigest()
-
-
-def check_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Raises ConfigError if the workdir holds a run of another config."""
-    path = workdir / "config.json"
-    if path.is_file():
-        check_same_run(config, from_json(path.read_text()), workdir)
-    elif (workdir / "checkpoints").exists():
-        raise ConfigError(
-            f"--train.workdir {workdir} has checkpoints but no config.json; name another folder"
-        )
-
-
-def write_description(config: Config, metadata: LatentMetadata, workdir: pathlib.Path) -> None:
-    """The resolved config as workdir/config.json and the dataset's metadata as dataset.json, by process 0.
-
-    With them a workdir can be sampled from where the dataset is not.
-    """
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in (("config.json", to_json(config)), ("dataset.json", metadata.to_json())):
-            temporary = workdir / f".{name}.tmp"
-            temporary.write_text(text)
-            os.replace(temporary, workdir / name)

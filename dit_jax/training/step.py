@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
 from dit_jax.data.latents import draw_latents
+from dit_jax.diffusion.timesteps import sample_timesteps
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate
 from dit_jax.training.sharding import BATCH_AXES
-from dit_jax.training.state import TrainState
+from dit_jax.training.state import TrainState, zero_totals
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -82,7 +83,7 @@ def make_train_step(
         """The network's inputs for the global batch: clean latents, time, noise, labels."""
         key = {purpose: draw_key(seed, step, purpose) for purpose in Draw}
         x0 = draw_latents(batch, key[Draw.LATENT], scaling_factor, shift_factor, config.data.mirror)
-        t = jax.random.randint(key[Draw.TIME], x0.shape[:1], 0, process.num_timesteps)
+        t = sample_timesteps(key[Draw.TIME], x0.shape[0], process.num_timesteps)
         noise = jax.random.normal(key[Draw.NOISE], x0.shape, x0.dtype)
         label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
         return split_batch({"x0": x0, "t": t, "noise": noise, "label": label})
@@ -165,7 +166,7 @@ def summarise(totals: dict[str, Any]) -> dict[str, float]:
     """Means over the summed steps, ready for the log; `totals` on the host."""
     steps = max(float(totals["steps"]), 1.0)
     sums = ("steps", "skipped", "loss_sum", "loss_count")
-    line = {name: float(total) / steps for name, total in totals.items() if name not in sums}
+    line = {name: float(totals[name]) / steps for name in zero_totals() if name not in sums}
     for i in range(4):
         count = float(totals["loss_count"][i])
         if count > 0:

@@ -1,0 +1,93 @@
+"""The folder of a run: what it says of its config and dataset, and whether another run may go on in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dit_jax.config import Config, ConfigError, from_json, to_json
+from dit_jax.data.metadata import LatentMetadata
+from dit_jax.training.checkpoint import CheckpointError
+
+# Options that may change when a run goes on; any other makes it another run.
+HARMLESS = {
+    "model": {"attention", "remat", "unroll"},
+    "data": {"dir", "source", "cache", "workers"},
+    "mesh": {"preset", "data", "fsdp", "tensor"},
+    "train": {
+        "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",
+        "snapshot_every", "bad_steps", "max_rollbacks", "init_from", "sample_every", "sample_count",
+        "sample_steps", "sample_cfg_scale",
+    },
+}  # fmt: skip
+
+
+def check_same_run(config: Config, saved: Config, where: str | os.PathLike[str]) -> None:
+    """Raises ConfigError, naming the first option that makes `config` another run than the saved one."""
+    for group, options in dataclasses.asdict(config).items():
+        before = dataclasses.asdict(saved)[group]
+        for name, value in options.items():
+            harmless = name in HARMLESS.get(group, ())
+            if name == "steps" and config.optim.schedule != "constant":
+                harmless = False  # the learning rate's decay ends there
+            if value != before[name] and not harmless:
+                option = f"--{group}.{name}".replace("_", "-")
+                raise ConfigError(
+                    f"{option} is {value!r}; the run in {where} has {before[name]!r}: "
+                    f"go on with the same value, or name another --train.workdir"
+                )
+
+
+def meta_of(config: Config, fingerprint: str) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {"config": json.loads(to_json(config)), "dataset": fingerprint}
+
+
+def check_meta(config: Config, fingerprint: str, directory: pathlib.Path) -> Callable[[dict[str, Any]], None]:
+    """The check for `Checkpoints.restore`: same run, same dataset."""
+
+    def check(meta: dict[str, Any]) -> None:
+        check_same_run(config, from_json(json.dumps(meta["config"])), directory)
+        if meta["dataset"] != fingerprint:
+            raise CheckpointError(
+                f"the checkpoints in {directory} were trained on another dataset "
+                f"(fingerprint {meta['dataset'][:12]}, --data.dir has {fingerprint[:12]})"
+            )
+
+    return check
+
+
+def dataset_fingerprint(metadata: LatentMetadata) -> str:
+    """SHA-256 of a dataset's metadata, which holds a checksum of every shard."""
+    return hashlib.sha256(metadata.to_json().encode()).hexdigest()
+
+
+def check_workdir(config: Config, workdir: pathlib.Path) -> None:
+    """Raises ConfigError if the workdir holds a run of another config."""
+    path = workdir / "config.json"
+    if path.is_file():
+        check_same_run(config, from_json(path.read_text()), workdir)
+    elif (workdir / "checkpoints").exists():
+        raise ConfigError(
+            f"--train.workdir {workdir} has checkpoints but no config.json; name another folder"
+        )
+
+
+def write_description(config: Config, metadata: LatentMetadata, workdir: pathlib.Path) -> None:
+    """The resolved config as workdir/config.json and the dataset's metadata as dataset.json, by process 0.
+
+    With them a workdir can be sampled from where the dataset is not.
+    """
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in (("config.json", to_json(config)), ("dataset.json", metadata.to_json())):
+            temporary = workdir / f".{name}.tmp"
+            temporary.write_text(text)
+            os.replace(temporary, workdir / name)

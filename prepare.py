@@ -79,7 +79,12 @@ def prepare(args: Prepare) -> None:
 
     from dit_jax.data import encode, encoders, sources
     from dit_jax.data.inspection import describe
+    from dit_jax.data.metadata import DataError
 
+    if args.source == "digits" and args.mirrors:
+        raise DataError(
+            "--mirrors is on, but a mirrored digit is none; expected --no-mirrors with --source digits"
+        )
     index, count = args.process_index, args.process_count
     if args.distributed:
         jax.distributed.initialize()

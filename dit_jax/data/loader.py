@@ -162,17 +162,14 @@ class _InMemory:
     """The whole set in host memory."""
 
     def __init__(self, dataset: LatentDataset):
-        size, free = (
-            len(dataset) * dataset.record_bytes,
-            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        )
-        _require_fits("ram", dataset, size, free)
+        _require_fits("ram", dataset, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         chunk = max(1, 2**24 // dataset.record_bytes)
         self.data = {
             "moments": np.empty((len(dataset), *dataset.record_shape), dataset.metadata.dtype),
             "label": np.empty(len(dataset), np.int32),
         }
-        with tqdm.tqdm(total=len(dataset), desc="reading the dataset", unit="record", unit_scale=True) as bar:
+        quiet = jax.process_index() != 0
+        with tqdm.tqdm(total=len(dataset), desc="reading the dataset", unit="record", disable=quiet) as bar:
             for start in range(0, len(dataset), chunk):
                 rows = np.arange(start, min(start + chunk, len(dataset)))
                 for name, value in dataset.read(rows).items():
@@ -185,12 +182,9 @@ class _InMemory:
 
 def _on_device(dataset: LatentDataset, sharding: NamedSharding) -> Batch:
     """The whole set, copied to every device of the mesh."""
-    size = len(dataset) * dataset.record_bytes
     for device in sharding.addressable_devices:
         stats = device.memory_stats() or {}  # type: ignore[attr-defined]
-        _require_fits(
-            "device", dataset, size, stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0)
-        )
+        _require_fits("device", dataset, stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0))
     everywhere = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     data = _InMemory(dataset).data
     return {
@@ -199,11 +193,12 @@ def _on_device(dataset: LatentDataset, sharding: NamedSharding) -> Batch:
     }
 
 
-def _require_fits(cache: str, dataset: LatentDataset, size: int, free: int) -> None:
-    if size > free:
+def _require_fits(cache: str, dataset: LatentDataset, room: int) -> None:
+    size = len(dataset) * dataset.record_bytes
+    if size > room:
         raise ConfigError(
             f"--data.cache is {cache}, which needs {size / 1e9:.1f} GB for {dataset!r}, "
-            f"but {free / 1e9:.1f} GB are free; expected none or a smaller set"
+            f"but there are {room / 1e9:.1f} GB; expected none or a smaller set"
         )
 
 

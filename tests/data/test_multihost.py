@@ -1,0 +1,76 @@
+"""Two processes with four devices each: each reads its own rows alone, and together they hold the same batches."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dit_jax.data.encode import prepare
+from dit_jax.data.latents import LatentDataset
+from dit_jax.data.loader import batch_indices
+
+PROGRAM = """
+import contextlib, itertools, sys
+import jax, numpy as np
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+port, rank, folder, out = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from dit_jax.data import latents
+from dit_jax.data.loader import batches
+
+# Interleaved devices: the rows of a process are not contiguous.
+devices = np.array(jax.devices()).reshape(2, 4).T.reshape(-1)
+sharding = NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data"))
+dataset = latents.LatentDataset(folder)
+read, asked = dataset.read, []
+dataset.read = lambda rows: asked.append(len(rows)) or read(rows)
+found = {}
+for cache in ("none", "ram", "device"):
+    with contextlib.closing(batches(dataset, 16, 3, 5, sharding, cache)) as stream:
+        for step, batch in enumerate(itertools.islice(stream, 3)):
+            for name, value in batch.items():
+                assert value.shape[0] == 16
+                for shard in value.addressable_shards:
+                    rows = range(*shard.index[0].indices(16))
+                    for row, data in zip(rows, np.asarray(shard.data)):
+                        found[f"{cache}/{step}/{name}/{row}"] = data
+    if cache == "none":
+        assert set(asked) == {8}, asked
+np.savez(out, **found)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_rows_of_one(random_source, fake_encoder, tmp_path):
+    prepare(
+        random_source(count=50), fake_encoder(), tmp_path / "set", image_size=16, shard_size=16, batch_size=1
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(port), str(rank), tmp_path / "set", tmp_path / f"{rank}.npz"],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for worker in workers:
+        output, _ = worker.communicate(timeout=240)
+        assert worker.returncode == 0, output
+
+    parts = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2)]
+    assert not parts[0].keys() & parts[1].keys()
+    found = parts[0] | parts[1]
+    dataset = LatentDataset(tmp_path / "set")
+    for step in range(3):
+        expected = dataset.read(batch_indices(3, 5 + step, 16, 50))
+        for cache in ("none", "ram", "device"):
+            for name, value in expected.items():
+                rows = np.stack([found[f"{cache}/{step}/{name}/{row}"] for row in range(16)])
+                np.testing.assert_array_equal(rows, value)

@@ -1,0 +1,222 @@
+"""What the benchmarks share: options, networks with weights that matter, timing in turns, results as JSON.
+
+Every script first checks that what it will time computes the same as the plain float32 path, and stops if not.
+Nothing here needs more than JAX, Flax, Optax and NumPy.
+
+Letters: B batch, M views of an image, h w c latent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax import flops
+from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, model_sizes
+
+SCALING_FACTOR = 0.18215  # Stable Diffusion's autoencoder
+TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2}  # relative L2 error against the plain float32 path
+
+
+# -------------------------------------------------------------------------------------------- options
+
+
+def parser(description: str, rounds: int = 10) -> argparse.ArgumentParser:
+    """Options that every benchmark has."""
+    new = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    new.add_argument("--out", type=pathlib.Path, help="JSON file of the result")
+    new.add_argument("--rounds", type=int, default=rounds, help="timed rounds; medians are reported")
+    return new
+
+
+def add_model_options(new: argparse.ArgumentParser, model: str, batch_size: int) -> None:
+    """Options that choose a network and how it computes."""
+    new.add_argument("--model", default=model, help="family member, such as DiT-XL/2")
+    new.add_argument("--latent-size", type=int, default=32, help="side of the latent (image side / 8)")
+    new.add_argument("--depth", type=int, help="layers, where not the family's")
+    new.add_argument("--hidden-size", type=int, help="width, where not the family's")
+    new.add_argument("--num-heads", type=int, help="heads, where not the family's")
+    new.add_argument("--batch-size", type=int, default=batch_size)
+    new.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute precision")
+    new.add_argument("--attention", default="auto", choices=("auto", "einsum", "tokens_last", "xla", "cudnn"))
+    new.add_argument("--unroll", action="store_true", help="unroll the loop over layers")
+
+
+def make_config(args: argparse.Namespace, **train: Any) -> Config:
+    """The resolved config of the options above; `train` replaces fields of TrainConfig."""
+    sizes = dict(
+        zip(("depth", "hidden_size", "num_heads", "patch_size"), model_sizes(args.model), strict=True)
+    )
+    given = {name: getattr(args, name) for name in ("depth", "hidden_size", "num_heads")}
+    sizes |= {name: value for name, value in given.items() if value}
+    model = ModelConfig(
+        name=args.model, input_size=(args.latent_size, args.latent_size), dtype=args.dtype,
+        attention=args.attention, remat=getattr(args, "remat", "none"), unroll=args.unroll, **sizes,
+    )  # fmt: skip
+    return Config(
+        model=model,
+        data=DataConfig(dir="synthetic", mirror=False),
+        optim=OptimConfig(),
+        train=TrainConfig(batch_size=args.batch_size, **train),
+    )
+
+
+def plain(config: Config) -> Config:
+    """The same network computed plainly: float32, einsum, nothing recomputed, a loop over layers."""
+    model = dataclasses.replace(config.model, dtype="float32", attention="einsum", remat="none", unroll=False)
+    return dataclasses.replace(config, model=model)
+
+
+# --------------------------------------------------------------------------------------- work to time
+
+
+def random_params(params: Any, seed: int = 0) -> Any:
+    """Parameters with noise added: a fresh network's gates are zero, and would hide any error in a block."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    noisy = [x + 0.02 * rng.standard_normal(x.shape, np.float32) for x in map(np.asarray, leaves)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def synthetic_batch(config: Config, seed: int = 0) -> dict[str, np.ndarray]:
+    """Moments (B, M, h, w, 2c) float16 and labels (B,), as a loader gives them."""
+    m, b = config.model, config.train.batch_size
+    rng = np.random.default_rng(seed)
+    mean = rng.standard_normal((b, 1, *m.input_size, m.in_channels)) / SCALING_FACTOR
+    moments = np.concatenate([mean, np.full_like(mean, 0.1)], axis=-1).astype(np.float16)
+    return {"moments": moments, "label": rng.integers(m.num_classes, size=b, dtype=np.int32)}
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """|found - expected| / |expected| over all leaves, in float64 on the host."""
+    pairs = [
+        (np.asarray(a, np.float64).ravel(), np.asarray(b, np.float64).ravel())
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
+    a, b = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def check(name: str, error: float, tolerance: float) -> dict[str, float]:
+    """The error for the result; ends the script where it is too large to time anything."""
+    if not error <= tolerance:
+        sys.exit(f"{name}: relative error {error:.2e}, expected at most {tolerance:.0e}: not timed")
+    return {name: error}
+
+
+def check_training(model: Any, process: Any, config: Config, params: Any) -> dict[str, float]:
+    """Errors of the loss and of its gradient against the plain path, on up to 4 images, at given draws."""
+    from dit_jax.models.dit import build_model
+
+    m, b = config.model, min(config.train.batch_size, 4)
+    rng = np.random.default_rng(1)
+    x0, noise = rng.standard_normal((2, b, *m.input_size, m.in_channels), np.float32)
+    t, y = np.linspace(1, 999, b).astype(np.int32), np.arange(b, dtype=np.int32) % m.num_classes
+
+    def gradient_of(network: Any, precision: str | None) -> Any:
+        def loss(p: Any) -> jax.Array:
+            def denoise(x: jax.Array, t: jax.Array) -> Any:
+                return network.apply({"params": p}, x, t, y)
+
+            return process.training_losses(denoise, jnp.asarray(x0), jnp.asarray(t), jnp.asarray(noise))[
+                "loss"
+            ].mean()
+
+        with jax.default_matmul_precision(precision):
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+    loss, grads = gradient_of(model, None)
+    expected_loss, expected = gradient_of(build_model(plain(config)), "highest")
+    limit = TOLERANCE[m.dtype]
+    return check("loss", relative_error(loss, expected_loss), limit) | check(
+        "gradient", relative_error(grads, expected), limit
+    )
+
+
+# --------------------------------------------------------------------------------------------- timing
+
+
+def in_turns(work: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each piece of work, run in turns A B A B, so that a busy machine slows all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for i in range(warmup + rounds):
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary(times: Mapping[str, list[float]], images: int, first: str = "jax") -> dict[str, Any]:
+    """Median, fastest and images/s of each; the ratio of `first` to each other is the median over rounds."""
+    result: dict[str, Any] = {}
+    for name, seconds in times.items():
+        middle = statistics.median(seconds)
+        result[name] = {"median_s": middle, "fastest_s": min(seconds), "images_per_s": images / middle}
+        if name != first and first in times:
+            pairs = [a / b for a, b in zip(times[first], seconds, strict=True)]
+            result[name]["time_ratio"] = statistics.median(pairs)
+            result[name]["time_ratio_of_fastest"] = min(times[first]) / min(seconds)
+    return result
+
+
+def utilisation(flops_per_image: float, images_per_s: float) -> dict[str, float]:
+    """TFLOP/s, and the share of the device's bfloat16 peak where that is known."""
+    achieved = flops_per_image * images_per_s
+    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    return {"tflops": achieved / 1e12} | ({"mfu": achieved / peak} if peak else {})
+
+
+# --------------------------------------------------------------------------------------------- result
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and flags that a figure belongs to."""
+    versions = {}
+    for package in ("jax", "jaxlib", "flax", "optax", "torch", "diffusers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "peak_device_bytes": memory,
+    }
+
+
+def finish(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the result with its options and environment, and write it to --out."""
+    options = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in vars(args).items()}
+    script = pathlib.Path(sys.argv[0]).name
+    full = {"benchmark": script, "options": options, "environment": environment(), **result}
+    text = json.dumps(full, indent=2)
+    print(text)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")

@@ -39,6 +39,10 @@ class LatentDataset:
         self._ends = np.cumsum(m.shard_counts)
         self._readers: list = [None] * m.num_shards
         self._views = m.moments_shape[0] if mirror else 1
+        if len(self):
+            # A damaged set shows at once; and what reading imports is imported here, in one thread: TFDS imports
+            # lazily, and several reading threads that did so at the same time would wait for each other for ever.
+            self.read([0])
 
     def __len__(self) -> int:
         return self.metadata.count

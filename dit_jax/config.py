@@ -59,11 +59,12 @@ class ModelConfig:
     """Share of training labels replaced by the null label, for classifier-free guidance."""
     dtype: Precision = "float32"
     """Compute precision. Parameters, norms' statistics, softmax, timestep embedding and loss stay float32."""
-    attention: Literal["auto", "einsum", "xla", "cudnn"] = "auto"
-    """Attention kernel: auto picks cudnn on a GPU in bfloat16, einsum elsewhere."""
+    attention: Literal["auto", "einsum", "tokens_last", "xla", "cudnn"] = "auto"
+    """Attention kernel: auto picks cudnn on a GPU in bfloat16, tokens_last (einsum in a TPU's layout) on a TPU,
+    einsum elsewhere."""
     remat: Literal["none", "full", "dots", "dots_attention"] = "none"
-    """What the backward pass recomputes: nothing; all but block inputs; all but matmul outputs; all but
-    matmul and attention outputs."""
+    """What the backward pass recomputes: nothing; all but block inputs; all but linear layers' outputs; all but
+    linear layers' and attention's outputs."""
     unroll: bool = False
     """Unroll the loop over layers (longer compilation, sometimes faster steps). Parameters keep their layout."""
 
@@ -142,7 +143,7 @@ class MeshConfig:
     data: int | None = None
     """Devices that each hold a copy and a part of the batch (None: all that the other two leave)."""
     fsdp: int | None = None
-    """Devices that share parameters and also split the batch (None: as the preset says)."""
+    """Devices that share parameters and also split the batch (None: up to 16 under fsdp and fsdp_tensor, else 1)."""
     tensor: int | None = None
     """Devices that split heads and MLP width (None: 2 for fsdp_tensor, else 1)."""
 

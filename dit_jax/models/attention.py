@@ -18,11 +18,14 @@ Array = jax.Array
 
 
 def resolve_attention(kernel: str, dtype: Any) -> str:
-    """The kernel that "auto" stands for on the default backend: cudnn on a GPU in bfloat16, else einsum."""
+    """The kernel that "auto" stands for on the default backend: cudnn on a GPU in bfloat16, tokens_last on a TPU,
+    else einsum."""
     if kernel != "auto":
         return kernel
-    on_gpu = jax.default_backend() in ("gpu", "cuda")
-    return "cudnn" if on_gpu and jnp.dtype(dtype) == jnp.bfloat16 else "einsum"
+    backend = jax.default_backend()
+    if backend in ("gpu", "cuda") and jnp.dtype(dtype) == jnp.bfloat16:
+        return "cudnn"
+    return "tokens_last" if backend == "tpu" else "einsum"
 
 
 def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
@@ -37,6 +40,18 @@ def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
     return jnp.einsum("bhnm,bhmk->bhnk", weights, v).transpose(0, 2, 1, 3)
 
 
+def attend_tokens_last(q: Array, k: Array, v: Array) -> Array:
+    """The same on (B, H, K, N) -> (B, H, K, N).
+
+    A TPU stores the last two axes in tiles of 8 by 128. With heads of 72 channels last, half of a tile would be
+    empty, and the projections would be copied from one layout to another; tokens last fill it as they come.
+    """
+    q = q * (q.shape[-2] ** -0.5)
+    logits = jnp.einsum("bhkm,bhkn->bhmn", k, q, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits, axis=-2).astype(v.dtype)
+    return jnp.einsum("bhkm,bhmn->bhkn", v, weights)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with one fused projection to queries, keys and values."""
 
@@ -49,11 +64,15 @@ class SelfAttention(nn.Module):
         """x (B, N, D) -> (B, N, D)."""
         d = x.shape[-1]
         heads = (self.num_heads, d // self.num_heads)
-        qkv = Linear((3, *heads), dtype=self.dtype, name="qkv")(x)  # (B, N, 3, H, K)
+        project_in = Linear((3, *heads), dtype=self.dtype, name="qkv")
+        project_out = Linear((d,), in_axes=2, dtype=self.dtype, name="proj")
+        # The output is named so that a remat policy can keep it: a fused kernel's is no matmul of the graph.
+        if self.kernel == "tokens_last":
+            out = attend_tokens_last(*project_in(x, "bnd,dshk->sbhkn"))
+            return project_out(checkpoint_name(out, "attention"), "bhkn,hkd->bnd")
+        qkv = project_in(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
-        # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.
-        out = checkpoint_name(out, "attention")
-        return Linear((d,), in_axes=2, dtype=self.dtype, name="proj")(out)
+        return project_out(checkpoint_name(out, "attention"))
 
 
 class CrossAttention(nn.Module):

@@ -31,11 +31,8 @@ Array = jax.Array
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots_attention": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names("linear"),
+    "dots_attention": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
 }
 
 

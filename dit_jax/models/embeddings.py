@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -45,18 +46,27 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """x (..., *inputs) -> (..., *features), in `dtype`."""
-        inputs = x.shape[x.ndim - self.in_axes :]
-        leading = x.shape[: x.ndim - self.in_axes]
+    def __call__(self, x: Array, equation: str = "") -> Array:
+        """x (..., *inputs) -> (..., *features), in `dtype`; with an equation, x and the result are as it says."""
+        operands, _, result = equation.partition("->")
+        of_x, _, of_kernel = operands.partition(",")
+        sizes = dict(zip(of_x, x.shape, strict=False))
+        inputs = tuple(sizes[i] for i in of_kernel[: self.in_axes]) or x.shape[x.ndim - self.in_axes :]
         init = self.kernel_init or xavier_uniform_fused(self.in_axes)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-        tokens = x.reshape(-1, *inputs).astype(self.dtype)
-        contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
-        out = jax.lax.dot_general(tokens, kernel.astype(self.dtype), (contract, ((), ())))
-        out = out + jnp.expand_dims(bias.astype(self.dtype), 0)
-        return out.reshape(*leading, *self.features)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+        x = x.astype(self.dtype)
+        if equation:
+            outputs = of_kernel[self.in_axes :]
+            missing = [axis for axis, letter in enumerate(result) if letter not in outputs]
+            out = jnp.einsum(equation, x, kernel) + jnp.expand_dims(bias, missing)
+        else:
+            contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
+            tokens = x.reshape(-1, *inputs)
+            out = jax.lax.dot_general(tokens, kernel, (contract, ((), ()))) + jnp.expand_dims(bias, 0)
+            out = out.reshape(*x.shape[: x.ndim - self.in_axes], *self.features)
+        # Named so that a remat policy can keep it with its bias.
+        return checkpoint_name(out, "linear")
 
 
 def patchify(x: Array, patch: int) -> Array:

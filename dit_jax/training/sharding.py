@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import ConfigError, MeshConfig
@@ -69,11 +70,13 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
                 f"because --mesh.preset {config.preset} splits nothing over it"
             )
     tensor = config.tensor if config.tensor is not None else (2 if config.preset == "fsdp_tensor" else 1)
-    fsdp = config.fsdp
+    fsdp, data = config.fsdp, config.data
     if fsdp is None:
-        splits = config.preset in ("fsdp", "fsdp_tensor")
-        fsdp = -1 if splits and -1 not in (config.data, tensor) else 1
-    data = config.data if config.data is not None else (1 if -1 in (fsdp, tensor) else -1)
+        splits = config.preset in ("fsdp", "fsdp_tensor") and -1 not in (data, tensor)
+        # Up to 16 devices share the parameters: that leaves little of the state on each, and gathers stay local.
+        fsdp = (math.gcd(num_devices // tensor, 16) if data is None else -1) if splits else 1
+    if data is None:
+        data = 1 if -1 in (fsdp, tensor) else -1
     sizes = (data, fsdp, tensor)
     known = math.prod(s for s in sizes if s != -1)
     filled = tuple(num_devices // known if s == -1 else s for s in sizes)
@@ -87,7 +90,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh (data, fsdp, tensor) over `devices` (default: all devices of all processes)."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # A mesh axis may take a part of a physical one: 16 of v6e's 4x8 chips, for example.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

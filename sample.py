@@ -11,7 +11,7 @@ from dit_jax.generation.command import SampleArgs, main
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(SampleArgs, description=__doc__))
+        sys.exit(main(tyro.cli(SampleArgs, description=__doc__)))
     except ConfigError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,10 +7,15 @@ from dit_jax.training import launch
 
 
 def main() -> int:
-    """Exit code 0: finished; 2: bad option; 3: diverged; 75: stopped by a signal, the same command goes on."""
+    """Exit code 0: finished; 2: bad option; 3: diverged; 4: does not fit the chips of --compile-for; 75: stopped
+    by a signal, the same command goes on."""
     try:
         options, rest, launch_help = launch.parse_launch()
         config = parse_args(rest, more_help=launch_help)
+        if options.compile_for:
+            from dit_jax.training.compile_for import compile_training, print_report
+
+            return print_report("train.py", lambda: compile_training(config, options.compile_for))
         launch.initialize(options)
         if options.dry_run:
             from dit_jax.training.plan import describe_plan

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, ConfigError, from_json
+from dit_jax.config import Config, ConfigError, from_json, load, resolve
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.samples import save_samples
 from dit_jax.generation.sampling import SamplingOptions, check_sampling, generate_images, load_decoder
@@ -60,6 +60,11 @@ class SampleArgs:
     """Step of the checkpoint (default: the newest)."""
     vae: str | None = None
     """Where the autoencoder lies, if not where the dataset says: a diffusers folder or hub id."""
+    compile_for: str | None = None
+    """Only compile the sampling loop for TPUs that are not here, such as v5e:16x16, and print memory and estimated
+    speed."""
+    config: str | None = None
+    """With --compile-for: a recipe in configs/ instead of a trained run."""
 
 
 @dataclass(frozen=True)
@@ -106,15 +111,21 @@ def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes:
     return np.asarray(numbers, np.int32)
 
 
-def main(args: SampleArgs) -> None:
-    """Draw the samples and write the files; everything that can be checked is checked first."""
+def main(args: SampleArgs) -> int:
+    """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
     if args.num_samples < 1 or args.batch_size < 1 or args.grid_count < 1:
         raise ConfigError("--num-samples, --batch-size and --grid-count are expected to be above 0")
-    run = load_run(args.workdir)
-    config, model = run.config, build_model(run.config)
     options = SamplingOptions(
         args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta
     )
+    if args.compile_for:
+        return _compile_for(args, args.compile_for, options)
+    if args.config:
+        raise ConfigError(
+            f"--config is {args.config}; expected only with --compile-for: a --workdir has its own"
+        )
+    run = load_run(args.workdir)
+    config, model = run.config, build_model(run.config)
     classes = label_numbers(args.labels, run.metadata.label_names, model.num_classes)
     labels = np.resize(classes, args.num_samples)
     check_sampling(model, config, options, labels)
@@ -133,7 +144,7 @@ def main(args: SampleArgs) -> None:
         model, params, config, options, labels, decoder, mesh, args.seed, args.batch_size, progress=True
     )
     if jax.process_index() != 0:
-        return
+        return 0
     out = args.out or (None if args.npz else str(run.workdir / "samples.png"))
     if args.npz:
         save_samples(args.npz, images, labels)
@@ -141,3 +152,12 @@ def main(args: SampleArgs) -> None:
     if out:
         save_grid(out, images[: args.grid_count])
         print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")
+    return 0
+
+
+def _compile_for(args: SampleArgs, topology: str, options: SamplingOptions) -> int:
+    from dit_jax.training.compile_for import compile_sampling, print_report
+
+    config = resolve(load(args.config)) if args.config else load_run(args.workdir).config
+    check_sampling(build_model(config), config, options, np.zeros(1, np.int32))
+    return print_report("sample.py", lambda: compile_sampling(config, options, args.batch_size, topology))

@@ -60,13 +60,15 @@ def make_latent_sampler(
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
     """
     process = create_process(config.diffusion, respacing=str(options.steps))
+    split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
+    split_model = model.clone(batch_sharding=split)
 
     def sample(params: Any, seed: Array, indices: Array, labels: Array) -> Array:
         keys = sample_keys(jax.random.key(seed), indices)
         noise = start_noise(keys, (*model.latent_size, model.in_channels))
 
         def network(x: Array, t: Array, y: Array) -> Array:
-            return model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
+            return split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
 
         denoise = classifier_free_guidance(
             network, labels, model.null_label, options.cfg_scale, options.channels, options.interval
@@ -75,7 +77,6 @@ def make_latent_sampler(
             return sample_ddpm(process, denoise, noise, keys)
         return sample_ddim(process, denoise, noise, keys, eta=options.eta)
 
-    split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
     return jax.jit(sample, in_shardings=(None, None, split, split), out_shardings=whole)
 
 

@@ -109,7 +109,7 @@ def trip_count(module: Module, loop: Instruction) -> int:
 
     1 where neither says it.
     """
-    known = re.search(r'known_trip_count\W+n\W+(\d+)', loop.text)
+    known = re.search(r"known_trip_count\W+n\W+(\d+)", loop.text)
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
@@ -143,47 +143,109 @@ def executions(module: Module) -> Counter[str]:
     return times
 
 
-def operations(module: Module) -> list[Operation]:
-    """Operations with an estimate of the compiler, the costliest first."""
+def operations(module: Module, flops_per_cycle: float) -> list[Operation]:
+    """Operations with their cycles, the costliest first.
+
+    Cycles are the compiler's estimate. A kernel (custom call) has none: it counts at the chip's peak for the
+    FLOPs that it states, which is too little.
+    """
     found = []
     for name, times in executions(module).items():
         for line in module.computations.get(name, ()):
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', line.text)
-            if cycles:
-                source = re.search(r'op_name="([^"]*)"', line.text)
-                found.append(
-                    Operation(
-                        line.name, line.opcode, line.shape, source[1] if source else "", times,
-                        times * int(cycles[1]),
-                    )
-                )  # fmt: skip
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', line.text)
+            flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.text)
+            if estimate:
+                cycles = int(estimate[1])
+            elif line.opcode == "custom-call" and flops:
+                cycles = round(int(flops[1]) / flops_per_cycle)
+            else:
+                continue
+            source = re.search(r'op_name="([^"]*)"', line.text)
+            op = Operation(
+                line.name, line.opcode, line.shape, source[1] if source else "", times, times * cycles
+            )
+            found.append(op)
     return sorted(found, key=lambda o: -o.cycles)
 
 
 def collectives(module: Module) -> list[Collective]:
-    """Collectives by kind. One that the compiler spread over several fusions, to overlap, counts once."""
+    """Collectives by kind. One that the compiler spread over several fusions, to overlap it, counts once."""
     rows: dict[str, list[float]] = {}
     for name, times in executions(module).items():
-        seen: set[tuple[str, str]] = set()
-        for line, is_async, is_fused in _with_fused(module, name, set()):
+        spread: set[tuple[str, str | None]] = set()
+        for line, fusion in _with_fused(module, name):
             kind = line.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line.text)
-            if is_fused and channel:
-                if (kind, channel[1]) in seen:
+            overlaps = line.opcode.endswith("-start") or fusion == "async"
+            if fusion == "async":
+                channel = re.search(r"channel_id=(\d+)", line.text)
+                key = (kind, channel[1] if channel else None)
+                if key in spread:
                     continue
-                seen.add((kind, channel[1]))
-            is_async = is_async or line.opcode.endswith("-start")
-            group = _group_size(line.text)
-            size = _full_bytes(line, kind, group)
-            if is_fused and kind == "all-reduce" and is_async is None:
+                spread.add(key)
+            group = group_size(line.text)
+            size = _whole_bytes(line, kind, group)
+            if kind == "all-reduce" and fusion == "scatter":
                 kind = "reduce-scatter"
-            wire = size * (group - 1) / max(group, 1) * (2 if kind == "all-reduce" else 1)
+            wire = size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+            if kind == "collective-permute":
+                wire = size
             row = rows.setdefault(kind, [0, 0, 0, 0, 0])
-            for i, value in enumerate((1, bool(is_async), size, wire, 0 if is_async else wire)):
+            for i, value in enumerate((1, int(overlaps), size, wire, 0 if overlaps else wire)):
                 row[i] += times * value
     return [
         Collective(kind, int(row[0]), int(row[1]), int(row[2]), row[3], row[4])
         for kind, row in sorted(rows.items())
     ]
+
+
+def group_size(text: str) -> int:
+    """Devices that take part in a collective together, from its replica_groups."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(part.split("=") for part in match[1].split(","))
+        return math.prod(int(sizes[axis.split(":")[0]]) for axis in match[2].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return match[1].count(",") + 1
+    return 1
+
+
+def _whole_bytes(line: Instruction, kind: str, group: int) -> int:
+    size = shape_bytes(line.shape)
+    if line.opcode == "all-gather-start":  # (operands, results)
+        return size * group // (group + 1)
+    if kind == "collective-permute" and line.opcode.endswith("-start"):  # (operand, result, context)
+        return size // 2
+    return size * group if kind == "reduce-scatter" else size
+
+
+def _called(line: Instruction) -> list[str]:
+    """Names of the computations that an instruction runs, without a loop's condition."""
+    names = _CALLED.findall(line.text)
+    for branches in _BRANCHES.findall(line.text):
+        names += [name.strip().lstrip("%") for name in branches.split(",")]
+    return names
+
+
+def _with_fused(module: Module, name: str, fusion: str = "") -> Iterator[tuple[Instruction, str]]:
+    """The instructions of a computation and of its fusions, each with the kind of fusion it lies in.
+
+    "async" where the compiler overlaps the collective with other work in several fusions, "scatter" where an
+    all-reduce and the slice of its result are one reduce-scatter, "" elsewhere.
+    """
+    for line in module.computations.get(name, ()):
+        yield line, fusion
+        if line.opcode not in ("fusion", "async-start"):
+            continue
+        for called in _called(line):
+            inside = module.computations.get(called, ())
+            kind = "async" if line.opcode == "async-start" else fusion
+            if called.startswith("all-reduce-scatter"):
+                kind = "scatter"
+            elif any("AsyncCollective" in i.text for i in inside) or any(
+                i.opcode in COLLECTIVES for i in inside
+            ):
+                kind = "async"
+            yield from _with_fused(module, called, kind)

@@ -20,6 +20,7 @@ from dit_jax.config import ConfigError
 
 EXIT_BAD_OPTION = 2
 EXIT_DIVERGED = 3
+EXIT_DOES_NOT_FIT = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
@@ -36,6 +37,7 @@ class LaunchOptions:
     process_index: int | None
     distributed: bool
     dry_run: bool
+    compile_for: str
 
 
 def parse_launch(args: Sequence[str] | None = None) -> tuple[LaunchOptions, list[str], str]:
@@ -54,6 +56,11 @@ def parse_launch(args: Sequence[str] | None = None) -> tuple[LaunchOptions, list
     group.add_argument(
         "--dry-run", action="store_true",
         help="print mesh, memory, steps per epoch, checkpoint size and time to the last step; train nothing",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile-for", default="", metavar="TOPOLOGY",
+        help="compile the step for TPUs that are not here, such as v5e:16x16, and print memory, collectives and "
+        "estimated speed; train nothing",
     )  # fmt: skip
     known, rest = parser.parse_known_args(args)
     return LaunchOptions(**vars(known)), rest, parser.format_help()

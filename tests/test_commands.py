@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
     *("--model.depth", "1", "--model.hidden-size", "32", "--model.num-heads", "2"),
-    *("--train.batch-size", "32", "--train.log-every", "2"),
+    *("--train.batch-size", "32", "--train.log-every", "2", "--optim.schedule", "constant"),
 ]
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-$(ACCEL)
 	@echo "Pictures: $(RUN)/samples.png; samples during training: $(RUN)/samples/"
 
 test: $(VENV)/.installed-test-$(ACCEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test-$(ACCEL)
 	$(BIN)/ruff check

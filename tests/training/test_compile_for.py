@@ -1,0 +1,112 @@
+"""Training steps compiled for TPUs that are not here, and the reading of the compiled programs."""
+
+import functools
+
+import jax
+import pytest
+
+from dit_jax.training import hlo
+from dit_jax.training.compile_for import compile_training
+
+PRESETS = ("replicated", "zero1")
+TOPOLOGIES = ("v5e:2x4", "v6e:2x4")
+
+MODULE = """\
+HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %carry = (s32[], f32[16]{0}) parameter(0)
+  %x = f32[16]{0} get-tuple-element(%carry), index=1
+  %reduced = f32[16]{0} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %next = (s32[], f32[16]{0}) fusion(%reduced), calls=%add, backend_config={"estimated_cycles":"100"}
+}
+
+%condition (carry: (s32[], f32[16])) -> pred[] {
+  %carry.1 = (s32[], f32[16]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry.1), index=0
+  %bound = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+ENTRY %main (p: f32[16]) -> f32[16] {
+  %p = f32[16]{0} parameter(0)
+  %gather-start = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+  %loop = (s32[], f32[16]{0}) while(%p), condition=%condition, body=%body
+  ROOT %out = f32[16]{0} fusion(%loop), calls=%add, backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_loops_collectives_and_cycles_are_read_from_the_program():
+    module = hlo.parse(MODULE)
+    assert module.entry == "main"
+    assert hlo.executions(module) == {"main": 1, "body": 5}
+    gather, reduce = hlo.collectives(module)
+    assert (gather.kind, gather.count, gather.asynchronous, gather.bytes) == ("all-gather", 1, 1, 64)
+    assert gather.wire_bytes == 64 * 3 / 4 and gather.exposed_bytes == 0
+    assert (reduce.kind, reduce.count, reduce.asynchronous, reduce.bytes) == ("all-reduce", 5, 0, 5 * 64)
+    assert reduce.wire_bytes == reduce.exposed_bytes == 5 * 64 * 2 * 3 / 4
+    assert [(o.name, o.times, o.cycles) for o in hlo.operations(module, 1.0)] == [
+        ("next", 5, 500), ("out", 1, 7),
+    ]  # fmt: skip
+
+
+def test_a_known_trip_count_is_taken_and_a_text_without_entry_refused():
+    known = MODULE.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
+    assert hlo.executions(hlo.parse(known))["body"] == 3
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.parse("HloModule nothing")
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [("f32[2,3]{1,0}", 24), ("(bf16[4], s8[5])", 13), ("pred[]", 1), ("s4[3]", 2), ("token[]", 0)],
+)
+def test_bytes_of_shapes(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1},{2,3}}", 2),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
+        ("channel_id=1", 1),
+    ],
+)
+def test_devices_of_a_collective(groups, size):
+    assert hlo.group_size(groups) == size
+
+
+@pytest.fixture(scope="module")
+def compiled(tiny):
+    """(topology, preset) -> Report of a two-layer model's step; each is compiled once."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install libtpu (Linux, x86-64)")
+
+    @functools.cache
+    def report(topology, preset):
+        model = {"hidden_size": 128, "dtype": "bfloat16", "remat": "dots_attention"}
+        with jax.numpy_rank_promotion("raise"):
+            return compile_training(tiny.config(model=model, mesh={"preset": preset}), topology)
+
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_compiles_for_chips_that_are_not_here(compiled, topology, preset):
+    report = compiled(topology, preset)
+    assert 0 < report.total_bytes < report.chip.hbm_gib * 2**30
+    assert report.cycles > 0 and 0 < report.mfu_with_collectives <= report.mfu < 1
+    kinds = {c.kind for c in report.collectives}
+    assert kinds & {"all-reduce", "reduce-scatter"}, kinds  # the gradients of all chips are added
+    gathers = bool(kinds & {"all-gather", "collective-permute"})
+    assert gathers == (preset != "replicated"), kinds  # parts of the state are put together where it is split

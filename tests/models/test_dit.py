@@ -140,12 +140,13 @@ def test_bfloat16_compute_stays_near_float32_with_float32_parameters(conditionin
     assert 1e-5 < error < 0.03  # bfloat16 was used, and harms little
 
 
-def test_attention_kernels_agree():
+@pytest.mark.parametrize("kernel", ["xla", "tokens_last"])
+def test_attention_kernels_agree(kernel):
     x, t, y = batch()
     params = random_params(DiT(**TINY))
-    a = DiT(**TINY, attention="einsum").apply({"params": params}, x, t, y)
-    b = DiT(**TINY, attention="xla").apply({"params": params}, x, t, y)
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    expected = DiT(**TINY, attention="einsum").apply({"params": params}, x, t, y)
+    found = DiT(**TINY, attention=kernel).apply({"params": params}, x, t, y)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_keep_rows_columns_and_channels_in_order():

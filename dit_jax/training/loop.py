@@ -59,6 +59,8 @@ def train(config: Config) -> TrainState:
         state = checkpoints.restore(program.state, check_meta(config, meta["dataset"], checkpoints.directory))
         if state is None:
             state = first_state(config, program)
+        else:
+            say(f"going on from step {int(state.step)} in {workdir}")
         write_description(config, metadata, workdir)
         stop = stack.enter_context(StopSignal())
         run = Run(config, workdir, mesh, dataset, program, checkpoints, meta, stop)

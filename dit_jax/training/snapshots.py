@@ -96,20 +96,21 @@ def reconstruct(workdir: pathlib.Path, sigma_rel: float, step: int | None = None
     )
     total: Any = None
     for s in tqdm.tqdm(steps, unit="snapshot"):
-        for average in _read(manager, s):
+        for average in _read(workdir, s):
             c = next(coefficients)
             part = jax.tree.map(lambda leaf, c=c: c * np.asarray(leaf, np.float64), average)
             total = part if total is None else jax.tree.map(np.add, total, part)
     return jax.tree.map(lambda leaf: leaf.astype(np.float32), total), step
 
 
-def _read(manager: ocp.CheckpointManager, step: int) -> list[Any]:
-    """The averages of one snapshot, as NumPy arrays."""
-    metadata = manager.item_metadata(step)["averages"]
-    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata.tree)
-    return list(
-        manager.restore(step, args=ocp.args.Composite(averages=ocp.args.StandardRestore(like)))["averages"]
-    )
+def _read(workdir: pathlib.Path, step: int) -> list[Any]:
+    """The averages of one snapshot, as NumPy arrays, whatever devices wrote them."""
+    folder = (workdir / "snapshots" / str(step) / "averages").absolute()
+    with ocp.StandardCheckpointer() as reader:
+        shapes = reader.metadata(folder).item_metadata.tree
+        return list(
+            reader.restore(folder, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes))
+        )
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,9 @@ def _streamed_batches(steps: _Steps, sharding: NamedSharding, workers: int) -> G
     """Threads read whole batches ahead; one more copies them to the devices, two batches ahead of the step."""
     import grain
 
-    workers = workers or min(8, max(2, os.cpu_count() or 2))
+    workers = workers or min(16, 4 * (os.cpu_count() or 1))  # more than cores: they also wait for the disk
     read = grain.MapDataset.source(steps).to_iter_dataset(
-        grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
+        grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
     )
 
     def place(batch: dict[str, np.ndarray]) -> Batch:

@@ -139,7 +139,7 @@ def _streamed_batches(steps: _Steps, sharding: NamedSharding, workers: int) -> G
     """Threads read whole batches ahead; one more copies them to the devices, two batches ahead of the step."""
     import grain
 
-    workers = workers or min(16, 4 * (os.cpu_count() or 1))  # more than cores: they also wait for the disk
+    workers = workers or max(2, min(16, os.cpu_count() or 1))  # more of them only wait for each other
     read = grain.MapDataset.source(steps).to_iter_dataset(
         grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
     )

@@ -10,16 +10,18 @@ collectives; those are counted by their bytes over one axis of the torus, apart 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax import flops
@@ -31,6 +33,12 @@ from dit_jax.training.sharding import bytes_per_device, make_mesh
 from dit_jax.training.state import init_params
 
 EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:4x4x4 or v6e:16x16"
+
+# What the compiler says when memory runs out: all of it, or already what lies between two operations.
+_OUT_OF_MEMORY = (
+    r"Used (\S+) of (\S+) hbm\. Exceeded",
+    r"total memory required for .* \((\S+)\) exceeds available HBM \((\S+)\)",
+)
 
 
 @dataclass(frozen=True)
@@ -246,13 +254,15 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
     """The report on a lowered program; DoesNotFitError, with the advice, where a chip has too little memory."""
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        with _no_compilation_cache():
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        need = re.search(r"Used (\S+) of (\S+) (\w+)\. Exceeded", str(error))
+        need = next((found for p in _OUT_OF_MEMORY if (found := re.search(p, str(error)))), None)
         if need is None:
             raise
         raise DoesNotFitError(
-            f"does not fit: the program needs {need[1]} of {need[2]} {need[3]} on a {chip.name} chip; {advice}"
+            f"does not fit: the program needs {need[1]} of the {need[2]} of memory that a {chip.name} chip has "
+            f"for it; {advice}"
         ) from None
     seconds = time.perf_counter() - start
     stats, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
@@ -277,6 +287,19 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
             f"{chip.hbm_gib:g} GiB; {advice}"
         )
     return report
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Neither reads nor writes jax's persistent cache: without the chips a program cannot be read back."""
+    before = jax.config.read("jax_enable_compilation_cache")
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # jax asks once whether there is a cache
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _device_bytes(tree: Any) -> int:

@@ -2,13 +2,15 @@
 
 import functools
 
-import jax
 import pytest
 
+from dit_jax.config import ConfigError
+from dit_jax.generation.sampling import SamplingOptions
 from dit_jax.training import hlo
-from dit_jax.training.compile_for import compile_training
+from dit_jax.training.compile_for import compile_sampling, compile_training, print_report, topology_devices
+from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 
-PRESETS = ("replicated", "zero1")
+PRESETS = ("replicated", "zero1", "fsdp", "fsdp_tensor")
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4")
 
 MODULE = """\
@@ -86,15 +88,18 @@ def test_devices_of_a_collective(groups, size):
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny):
-    """(topology, preset) -> Report of a two-layer model's step; each is compiled once."""
+def compiler():
     pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install libtpu (Linux, x86-64)")
+
+
+@pytest.fixture(scope="module")
+def compiled(compiler, tiny):
+    """(topology, preset) -> Report of a two-layer model's step; each is compiled once."""
 
     @functools.cache
     def report(topology, preset):
-        model = {"hidden_size": 128, "dtype": "bfloat16", "remat": "dots_attention"}
-        with jax.numpy_rank_promotion("raise"):
-            return compile_training(tiny.config(model=model, mesh={"preset": preset}), topology)
+        model = {"hidden_size": 64, "dtype": "bfloat16", "remat": "dots_attention"}
+        return compile_training(tiny.config(model=model, mesh={"preset": preset}), topology)
 
     return report
 
@@ -110,3 +115,43 @@ def test_a_step_compiles_for_chips_that_are_not_here(compiled, topology, preset)
     assert kinds & {"all-reduce", "reduce-scatter"}, kinds  # the gradients of all chips are added
     gathers = bool(kinds & {"all-gather", "collective-permute"})
     assert gathers == (preset != "replicated"), kinds  # parts of the state are put together where it is split
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_splitting_the_state_saves_memory_of_each_part(compiled, topology):
+    parts = {preset: compiled(topology, preset).arguments for preset in PRESETS}
+    whole = parts["replicated"]
+    for split in ("zero1", "fsdp"):  # over 8 chips; vectors stay whole
+        assert parts[split]["optimizer"] < whole["optimizer"] / 6
+        assert parts[split]["EMA"] < whole["EMA"] / 6
+    assert parts["zero1"]["parameters"] == whole["parameters"]
+    assert parts["fsdp"]["parameters"] < whole["parameters"] / 6
+    memory = {preset: compiled(topology, preset).memory["arguments"] for preset in PRESETS}
+    assert memory["fsdp"] < memory["zero1"] < memory["replicated"]  # and so says the compiler
+
+
+@pytest.mark.slow
+def test_a_sampling_loop_compiles(compiler, tiny):
+    options = SamplingOptions(steps=4, cfg_scale=1.5)
+    report = compile_sampling(tiny.config(model={"dtype": "bfloat16"}), options, 12, "v5e:2x4")
+    assert report.images == 2  # 12 samples are filled up to 16, two on each of 8 chips
+    assert any(o.times == 4 * 2 for o in report.operations)  # 4 steps of 2 layers, guided pairs in one batch
+    assert 0 < report.mfu < 1 and 0 < report.total_bytes < report.chip.hbm_gib * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [2**12, 2**16])  # the compiler refuses them in different words
+def test_a_step_that_does_not_fit_ends_with_advice(compiler, tiny, capsys, batch_size):
+    config = tiny.config(model={"input_size": (64, 64)}, train={"batch_size": batch_size})
+    assert print_report("train.py", lambda: compile_training(config, "v5e:2x4")) == EXIT_DOES_NOT_FIT
+    error = capsys.readouterr().err
+    for part in ("train.py: does not fit: the program needs", "v5e chip", "--model.remat", "--mesh.preset fsdp",
+                 f"--train.microbatch {batch_size // 16}", "--model.dtype bfloat16"):  # fmt: skip
+        assert part in error
+
+
+@pytest.mark.parametrize("topology", ["v99:2x2", "v5e", "v5e:3x5x7"])
+def test_an_unknown_topology_is_an_error_that_names_it(compiler, topology):
+    with pytest.raises(ConfigError, match=rf"--compile-for is '{topology}'.* expected a TPU .*v5e:16x16"):
+        topology_devices(topology)

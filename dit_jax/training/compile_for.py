@@ -292,7 +292,7 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
     """Neither reads nor writes jax's persistent cache: without the chips a program cannot be read back."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # jax asks once whether there is a cache

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 
-import tyro
+from dit_jax.memory import keep_freed_memory
 
-from dit_jax.config import ConfigError
-from dit_jax.generation.command import SampleArgs, main
+keep_freed_memory()  # before NumPy and JAX start threads
+
+import tyro  # noqa: E402
+
+from dit_jax.config import ConfigError  # noqa: E402
+from dit_jax.generation.command import SampleArgs, main  # noqa: E402
 
 if __name__ == "__main__":
     try:

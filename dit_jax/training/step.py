@@ -129,15 +129,19 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         updates_done = state.step - state.skipped
         grads, metrics = gradients(state.params, draw(batch, state.step + state.data_offset))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decays = ema.decays(config.optim, updates_done)
-        averages = tuple(ema.update(a, params, d) for a, d in zip(state.ema, decays, strict=True))
-
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        def update(params: Any, opt_state: Any, averages: Any) -> tuple[Any, Any, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            decays = ema.decays(config.optim, updates_done)
+            averages = tuple(ema.update(a, params, d) for a, d in zip(averages, decays, strict=True))
+            return params, opt_state, averages
+
+        # A branch, not a select of old and new: a select needs both, and so a copy of the donated state.
         old = (state.params, state.opt_state, state.ema)
-        new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), (params, opt_state, averages), old)
+        new = jax.lax.cond(finite, update, lambda *old: old, *old)
         metrics |= {
             "steps": jnp.ones(()),
             "grad_norm": grad_norm,

@@ -8,10 +8,10 @@ from dit_jax.memory import keep_freed_memory
 
 keep_freed_memory()  # before NumPy and JAX start threads
 
-import tyro  # noqa: E402
+import tyro
 
-from dit_jax.config import ConfigError  # noqa: E402
-from dit_jax.generation.command import SampleArgs, main  # noqa: E402
+from dit_jax.config import ConfigError
+from dit_jax.generation.command import SampleArgs, main
 
 if __name__ == "__main__":
     try:

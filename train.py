@@ -6,8 +6,8 @@ from dit_jax.memory import keep_freed_memory
 
 keep_freed_memory()  # before NumPy and JAX start threads
 
-from dit_jax.config import ConfigError, parse_args  # noqa: E402
-from dit_jax.training import launch  # noqa: E402
+from dit_jax.config import ConfigError, parse_args
+from dit_jax.training import launch
 
 
 def main() -> int:

@@ -8,6 +8,10 @@ Letters: B batch, M views of an image, h w c latent.
 
 from __future__ import annotations
 
+from dit_jax.memory import keep_freed_memory
+
+keep_freed_memory()  # as train.py and sample.py do, before NumPy and JAX start threads
+
 import argparse
 import dataclasses
 import importlib.metadata

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dit_jax.models import tokens_last
 from dit_jax.models.embeddings import Linear
 
 Array = jax.Array
@@ -40,18 +41,6 @@ def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
     return jnp.einsum("bhnm,bhmk->bhnk", weights, v).transpose(0, 2, 1, 3)
 
 
-def attend_tokens_last(q: Array, k: Array, v: Array) -> Array:
-    """The same on (B, H, K, N) -> (B, H, K, N).
-
-    A TPU stores the last two axes in tiles of 8 by 128. With heads of 72 channels last, half of a tile would be
-    empty, and the projections would be copied from one layout to another; tokens last fill it as they come.
-    """
-    q = q * (q.shape[-2] ** -0.5)
-    logits = jnp.einsum("bhkm,bhkn->bhmn", k, q, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-2).astype(v.dtype)
-    return jnp.einsum("bhkm,bhmn->bhkn", v, weights)
-
-
 class SelfAttention(nn.Module):
     """Self-attention with one fused projection to queries, keys and values."""
 
@@ -64,14 +53,13 @@ class SelfAttention(nn.Module):
         """x (B, N, D) -> (B, N, D)."""
         d = x.shape[-1]
         heads = (self.num_heads, d // self.num_heads)
-        project_in = Linear((3, *heads), dtype=self.dtype, name="qkv")
         project_out = Linear((d,), in_axes=2, dtype=self.dtype, name="proj")
-        # The output is named so that a remat policy can keep it: a fused kernel's is no matmul of the graph.
         if self.kernel == "tokens_last":
-            out = attend_tokens_last(*project_in(x, "bnd,dshk->sbhkn"))
-            return project_out(checkpoint_name(out, "attention"), "bhkn,hkd->bnd")
-        qkv = project_in(x)  # (B, N, 3, H, K)
+            q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.dtype, name="qkv")(x)
+            return project_out(tokens_last.attend(q, k, v), "hbkn,hkd->bnd")
+        qkv = Linear((3, *heads), dtype=self.dtype, name="qkv")(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
+        # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.
         return project_out(checkpoint_name(out, "attention"))
 
 

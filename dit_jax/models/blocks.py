@@ -30,8 +30,14 @@ MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 4, "adaln_zero": 
 
 def normalize(x: Array) -> Array:
     """LayerNorm without affine over the last axis, statistics in float32, output in float32."""
+    one_pass = x.dtype == jnp.bfloat16
     x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    if one_pass:
+        # What the difference loses to cancellation is less than the rounding of x to bfloat16 has lost already.
+        variance = jnp.maximum(jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+        return (x - mean) * jax.lax.rsqrt(variance + EPSILON)
+    x = x - mean
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPSILON)
 
 
@@ -61,16 +67,22 @@ class AffineNorm(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with tanh-approximated GELU between."""
+    """Two linear layers with tanh-approximated GELU between.
+
+    flatten: compute them on flattened tokens (see `Linear`). Without it a TPU writes an output that the backward
+    pass needs straight to its place among all layers' outputs.
+    """
 
     hidden: int
     dtype: Any = jnp.float32
+    flatten: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (B, N, D) -> (B, N, D)."""
-        h = nn.gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x), approximate=True)
-        return Linear((x.shape[-1],), dtype=self.dtype, name="fc2")(h)
+        equation = "" if self.flatten else "bnd,dh->bnh"
+        h = nn.gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x, equation), approximate=True)
+        return Linear((x.shape[-1],), dtype=self.dtype, name="fc2")(h, equation)
 
 
 class Block(nn.Module):
@@ -88,7 +100,7 @@ class Block(nn.Module):
         """x (B, N, D), modulation (B, 4 or 6, D) for adaLN, context (B, M, D) for cross-attention."""
         x = split_batch(x, self.batch_sharding)
         attention = SelfAttention(self.num_heads, self.attention, self.dtype, name="attn")
-        mlp = Mlp(self.mlp_hidden, self.dtype, name="mlp")
+        mlp = Mlp(self.mlp_hidden, self.dtype, flatten=self.attention != "tokens_last", name="mlp")
         if modulation is None:
             x = x + attention(AffineNorm(self.dtype, name="norm1")(x))
             if context is not None:

@@ -254,7 +254,7 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
     """The report on a lowered program; DoesNotFitError, with the advice, where a chip has too little memory."""
     start = time.perf_counter()
     try:
-        with _no_compilation_cache():
+        with no_compilation_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         need = next((found for p in _OUT_OF_MEMORY if (found := re.search(p, str(error)))), None)
@@ -290,7 +290,7 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
 
 
 @contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
+def no_compilation_cache() -> Iterator[None]:
     """Neither reads nor writes jax's persistent cache: without the chips a program cannot be read back."""
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:

@@ -44,6 +44,15 @@ class Program:
     microbatches: int
 
 
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What the compiler is told apart from its defaults, for the devices of `mesh`."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    # No collective matmul: under fsdp it cuts every product into as many slivers as devices share the parameters,
+    # and sends those around in a loop. Whole parameters are gathered while the layer before still computes.
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
+
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the training state."""
     model, optimizer = build_model(config), make_optimizer(config)
@@ -105,7 +114,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
         ),
         step=jax.jit(
             train_step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, replicated(mesh)),
+            out_shardings=(shardings, replicated(mesh)), compiler_options=compiler_options(mesh),
         ),
         microbatches=microbatches,
     )  # fmt: skip

@@ -10,6 +10,8 @@ import pytest
 from dit_jax import DiT
 from dit_jax.config import ConfigError
 from dit_jax.interop.official import params_from_state_dict
+from dit_jax.models import tokens_last
+from dit_jax.models.blocks import normalize
 from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
 
 CONDITIONINGS = ["in_context", "cross_attention", "adaln", "adaln_zero"]
@@ -147,6 +149,37 @@ def test_attention_kernels_agree(kernel):
     expected = DiT(**TINY, attention="einsum").apply({"params": params}, x, t, y)
     found = DiT(**TINY, attention=kernel).apply({"params": params}, x, t, y)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots_attention"])
+def test_gradients_of_the_tpu_layout_are_those_of_the_plain_one(remat):
+    x, t, y = batch()
+    params = random_params(DiT(**TINY))
+
+    def gradient(model):
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))))(params)
+
+    expected = gradient(DiT(**TINY, attention="einsum"))
+    found = gradient(DiT(**TINY, attention="tokens_last", remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
+
+
+def test_attention_of_the_tpu_layout_holds_for_large_logits():
+    q, k, v = np.random.default_rng(3).normal(size=(3, 2, 1, 8, 5)).astype(np.float64)  # (H, B, K, N)
+    q = q * 300
+    logits = np.einsum("hbkn,hbkm->hbnm", q, k) / np.sqrt(8)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    expected = np.einsum("hbnm,hbkm->hbkn", weights / weights.sum(-1, keepdims=True), v)
+    found = tokens_last.attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_norm_of_bfloat16_is_that_of_the_same_numbers_in_float64():
+    x = jnp.asarray(np.random.default_rng(4).normal(5.0, 1.0, (3, 7, 256)), jnp.bfloat16)
+    exact = np.asarray(x.astype(jnp.float32), np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(normalize(x), exact, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(normalize(jnp.full((2, 64), 3.0, jnp.bfloat16)), 0)
 
 
 def test_patches_keep_rows_columns_and_channels_in_order():

@@ -1,0 +1,108 @@
+"""Self-attention in a TPU's layout: heads, batch, channels, tokens.
+
+A TPU stores the last two axes in tiles of 8 by 128 (16 by 128 in bfloat16). With heads of 72 channels last, half
+of a tile is empty; tokens last fill it. Heads come first because the projections write them that way: no array
+is copied from one layout to another. Both functions have derivatives of their own, since those that follow from
+the formulas cost more: figures in docs/performance.md.
+
+Letters: B batch, N query tokens, M key tokens, D width, H heads, K channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from dit_jax.models.embeddings import xavier_uniform_fused
+
+Array = jax.Array
+ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
+
+
+@jax.custom_vjp
+def attend(q: Array, k: Array, v: Array) -> Array:
+    """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q."""
+    return _attend_forward(q, k, v)[0]
+
+
+def _logits(q: Array, k: Array) -> Array:
+    q = q * (q.shape[2] ** -0.5)
+    return jnp.einsum("hbkm,hbkn->hbmn", k, q, preferred_element_type=jnp.float32)
+
+
+def _attend_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    logits = _logits(q, k)  # (H, B, M, N)
+    highest = jnp.max(logits, axis=2)  # (H, B, N)
+    weights = jnp.exp(logits - highest[:, :, None]).astype(v.dtype)
+    # The product with rows of ones is the softmax's denominator: no second pass over the exponentials.
+    with_ones = jnp.pad(v, ((0, 0), (0, 0), (0, ONES), (0, 0)), constant_values=1)
+    sums = jnp.einsum("hbkm,hbmn->hbkn", with_ones, weights, preferred_element_type=jnp.float32)
+    total = sums[:, :, -1]
+    out = (sums[:, :, :-ONES] / total[:, :, None]).astype(v.dtype)
+    # Named so that a remat policy can keep what the backward pass needs of the softmax.
+    out = checkpoint_name(out, "attention")
+    log_total = checkpoint_name(highest + jnp.log(total), "attention")
+    return out, (q, k, v, out, log_total)
+
+
+def _attend_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
+    """FlashAttention's backward pass (arXiv 2205.14135, algorithm 4) on whole rows: no reduction over them."""
+    q, k, v, out, log_total = saved
+    weights = jnp.exp(_logits(q, k) - log_total[:, :, None])  # (H, B, M, N)
+    grad_weights = jnp.einsum("hbkm,hbkn->hbmn", v, grad, preferred_element_type=jnp.float32)
+    shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2)  # (H, B, N)
+    grad_logits = (weights * (grad_weights - shared[:, :, None])).astype(q.dtype)
+    scale = q.shape[2] ** -0.5
+    grad_q = jnp.einsum("hbkm,hbmn->hbkn", k, grad_logits) * scale
+    grad_k = jnp.einsum("hbkn,hbmn->hbkm", q * scale, grad_logits)
+    grad_v = jnp.einsum("hbmn,hbkn->hbkm", weights.astype(v.dtype), grad)
+    return grad_q, grad_k, grad_v
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+@jax.custom_vjp
+def project(x: Array, kernel: Array) -> Array:
+    """x (B, N, D), kernel (D, H, K) -> (H, B, K, N)."""
+    return jnp.einsum("bnd,dhk->hbkn", x, kernel)
+
+
+def _project_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel), (x, kernel)
+
+
+def _project_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    # The width comes last in the product, for the same reason as the tokens; the barrier keeps the compiler from
+    # merging the transpose into it.
+    grad_kernel = jax.lax.optimization_barrier(jnp.einsum("hbkn,bnd->hkd", grad, x))
+    return jnp.einsum("hbkn,dhk->bnd", grad, kernel), grad_kernel.transpose(2, 0, 1)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+class QueriesKeysValues(nn.Module):
+    """The projection to queries, keys and values, with the parameters of `Linear((3, H, K))`.
+
+    Three products: one would have to be cut into its parts, and be put together again for its gradient.
+    """
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, ...]:
+        """x (B, N, D) -> q, k, v, each (H, B, K, N)."""
+        d = x.shape[-1]
+        features = (3, self.num_heads, d // self.num_heads)
+        kernel = self.param("kernel", xavier_uniform_fused(1), (d, *features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        products = (project(x, kernel[:, i]) + bias[i][:, None, :, None] for i in range(3))
+        return tuple(checkpoint_name(out, "linear") for out in products)

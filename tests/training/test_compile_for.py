@@ -2,12 +2,21 @@
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from dit_jax.config import ConfigError
 from dit_jax.generation.sampling import SamplingOptions
 from dit_jax.training import hlo
-from dit_jax.training.compile_for import compile_sampling, compile_training, print_report, topology_devices
+from dit_jax.training.compile_for import (
+    compile_sampling,
+    compile_training,
+    no_compilation_cache,
+    print_report,
+    topology_devices,
+)
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 
 PRESETS = ("replicated", "zero1", "fsdp", "fsdp_tensor")
@@ -113,8 +122,37 @@ def test_a_step_compiles_for_chips_that_are_not_here(compiled, topology, preset)
     assert report.cycles > 0 and 0 < report.mfu_with_collectives <= report.mfu < 1
     kinds = {c.kind for c in report.collectives}
     assert kinds & {"all-reduce", "reduce-scatter"}, kinds  # the gradients of all chips are added
-    gathers = bool(kinds & {"all-gather", "collective-permute"})
+    gathers = "all-gather" in kinds
     assert gathers == (preset != "replicated"), kinds  # parts of the state are put together where it is split
+
+
+@pytest.mark.slow
+def test_products_with_split_parameters_stay_whole(compiler, tiny):
+    """A collective matmul would cut them into slivers and pass these around by collective permutes."""
+    config = tiny.config(
+        model={"hidden_size": 512, "mlp_ratio": 4.0, "dtype": "bfloat16", "input_size": (32, 32)},
+        mesh={"preset": "fsdp"}, train={"batch_size": 64},
+    )  # fmt: skip
+    kinds = {c.kind: c.count for c in compile_training(config, "v5e:2x4").collectives}
+    assert kinds["all-gather"] > 4 and kinds.get("collective-permute", 0) == 0, kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_cycles_of_a_large_product_are_near_the_chips_peak_and_a_loop_repeats_them(compiler, topology):
+    chip, devices = topology_devices(topology)
+    n, times = 4096, 5
+    square = jax.ShapeDtypeStruct((n, n), jnp.bfloat16, sharding=SingleDeviceSharding(devices[0]))
+
+    def product_cycles(function):
+        with no_compilation_cache():
+            module = hlo.parse(jax.jit(function).lower(square, square).compile().as_text())
+        return sum(o.cycles for o in hlo.operations(module, 1.0) if "dot_general" in o.source)
+
+    once = product_cycles(lambda x, w: x @ w)
+    assert 0.85 < 2 * n**3 / (once * chip.flops_per_cycle) <= 1
+    loop = product_cycles(lambda x, w: jax.lax.fori_loop(0, times, lambda _, x: x @ w, x))
+    assert loop == pytest.approx(times * once, rel=0.5)  # its product is compiled anew, for other buffers
 
 
 @pytest.mark.slow
@@ -140,15 +178,31 @@ def test_a_sampling_loop_compiles(compiler, tiny):
     assert 0 < report.mfu < 1 and 0 < report.total_bytes < report.chip.hbm_gib * 2**30
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [2**12, 2**16])  # the compiler refuses them in different words
-def test_a_step_that_does_not_fit_ends_with_advice(compiler, tiny, capsys, batch_size):
-    config = tiny.config(model={"input_size": (64, 64)}, train={"batch_size": batch_size})
+def refusal(config, capsys):
     assert print_report("train.py", lambda: compile_training(config, "v5e:2x4")) == EXIT_DOES_NOT_FIT
-    error = capsys.readouterr().err
+    return capsys.readouterr().err
+
+
+def test_a_step_that_does_not_fit_ends_with_advice(compiler, tiny, capsys):
+    error = refusal(tiny.config(model={"input_size": (64, 64)}, train={"batch_size": 2**16}), capsys)
     for part in ("train.py: does not fit: the program needs", "v5e chip", "--model.remat", "--mesh.preset fsdp",
-                 f"--train.microbatch {batch_size // 16}", "--model.dtype bfloat16"):  # fmt: skip
+                 "--train.microbatch 4096", "--model.dtype bfloat16"):  # fmt: skip
         assert part in error
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 22.97G of 15.75G hbm. Exceeded hbm capacity",
+        "E1000: the total memory required for HLO temporaries (22.97G) exceeds available HBM (15.75G). HLO module",
+    ],
+)
+def test_both_ways_in_which_the_compiler_says_so_are_read(compiler, tiny, capsys, monkeypatch, message):
+    def compile_step(lowered):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_step)
+    assert "needs 22.97G of the 15.75G" in refusal(tiny.config(), capsys)
 
 
 @pytest.mark.parametrize("topology", ["v99:2x2", "v5e", "v5e:3x5x7"])

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +31,7 @@ from dit_jax.training.state import TrainState
 CHECKSUMS = "checksums.json"
 ARRAYS = ("params", "ema", "rest")
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save; its errors are raised too
 
 
 class CheckpointError(ConfigError):
@@ -99,13 +100,21 @@ class Checkpoints:
 
     def _report(self, error: Exception) -> None:
         say(f"checkpoint of step {self._saving} could not be written ({error}); the older ones stay")
+        self._remove_unfinished()
         self._manager.reload()
+
+    def _remove_unfinished(self) -> None:
+        """Give the room that a failed save has taken back: the disk may be full of it."""
+        if jax.process_index() == 0:
+            for folder in self.directory.glob(f"{self._saving}.*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises CheckpointError when it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
+            self._remove_unfinished()
             raise CheckpointError(
                 f"checkpoint of step {self._saving} could not be written: {error}"
             ) from error
@@ -129,22 +138,16 @@ class Checkpoints:
         """The newest readable state, laid out like `like` (shapes with shardings); None where there is none.
 
         A damaged checkpoint is set aside, said so, and the one before it is tried. `check` receives the
-        checkpoint's meta and raises for one of another run.
+        checkpoint's meta and raises for one of another run. What fails with whole files (too little memory, say)
+        is no damage: it is raised, and the checkpoint stays.
         """
         for step in reversed(self.steps()):
-            try:
-                problem = self._problem(step)
-                if problem:
-                    raise CheckpointError(problem)
-                meta = self._read(step, meta=ocp.args.JsonRestore())["meta"]
-            except Exception as error:
-                self._set_aside(step, error)
+            problem = self._problem(step)
+            if problem:
+                self._set_aside(step, problem)
                 continue
-            check(meta)
-            try:
-                return self._restore_arrays(step, like)
-            except Exception as error:
-                self._set_aside(step, error)
+            check(self._read(step, meta=ocp.args.JsonRestore())["meta"])
+            return self._restore_arrays(step, like)
         if any(self.directory.glob("damaged-*")):
             raise CheckpointError(f"no readable checkpoint is left in {self.directory}; every one is damaged")
         return None
@@ -162,20 +165,25 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         """Runs on process 0 in Orbax's background thread when all files are written, before they are committed
         under the step's name: the list of checksums is part of the atomic commit."""
-        (folder,) = self.directory.glob(f"{self._saving}*")  # 12.orbax-checkpoint-tmp, or 12 on object stores
+        # 12.orbax-checkpoint-tmp, or 12 on object stores; never 120
+        (folder,) = (p for p in self.directory.iterdir() if p.name.partition(".")[0] == str(self._saving))
         (folder / CHECKSUMS).write_text(json.dumps(file_checksums(folder), indent=1))
 
     def _problem(self, step: int) -> str:
         """What is wrong with the files of a checkpoint ("" if nothing); all processes get the same answer."""
-        problem = find_damage(self.directory / str(step)) if jax.process_index() == 0 else ""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                problem = find_damage(self.directory / str(step))
+            except OSError as error:
+                problem = f"cannot be read: {error}"
         if jax.process_count() > 1:
             bad = int(multihost_utils.broadcast_one_to_all(bool(problem)))
             problem = problem or ("found damaged by process 0" if bad else "")
         return problem
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        say(f"checkpoint of step {step} is damaged ({first}); going back to the one before it")
+    def _set_aside(self, step: int, problem: str) -> None:
+        say(f"checkpoint of step {step} is damaged ({problem}); going back to the one before it")
         self._manager.close()
         if jax.process_index() == 0:
             aside = self.directory / f"damaged-{step}"

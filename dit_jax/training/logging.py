@@ -13,6 +13,7 @@ import jax
 
 from dit_jax import flops
 from dit_jax.config import Config
+from dit_jax.training.checkpoint import say
 
 
 class MetricsLog:
@@ -28,31 +29,52 @@ class MetricsLog:
         path = workdir / "metrics.jsonl"
         truncate(path, step)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._events: SummaryWriter | None = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line, on disk when this returns."""
+        """One line, on disk when this returns; where that fails (a full disk, say), training goes on.
+
+        The line is then tried again with the next one. TensorBoard gets no more events: its writer would block.
+        """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            say(f"the metrics of step {step} could not be written ({error}); training goes on")
+        if self._events is None:
+            return
+        try:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+        except OSError as error:
+            say(
+                f"TensorBoard events of step {step} could not be written ({error}); this process writes no more"
+            )
+            self._events = None
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.close()
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
+        except OSError as error:
+            say(f"the log could not be closed ({error})")
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl; one cut short by a crash is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

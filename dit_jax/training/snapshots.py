@@ -22,7 +22,7 @@ import tqdm
 
 from dit_jax.config import Config, ConfigError, from_json, to_json
 from dit_jax.training import ema
-from dit_jax.training.checkpoint import CheckpointError
+from dit_jax.training.checkpoint import CheckpointError, say
 from dit_jax.training.state import TrainState
 from dit_jax.training.weights import save_weights
 
@@ -45,7 +45,10 @@ class Snapshots:
 
     def __exit__(self, *_: object) -> None:
         if self._manager is not None:
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception as error:
+                say(f"the last snapshot could not be written ({error})")
 
     def save(self, state: TrainState, step: int) -> None:
         """Start writing a snapshot in the background, if one is due."""
@@ -55,7 +58,12 @@ class Snapshots:
             averages=ocp.args.StandardSave(state.ema[-len(self._widths) :]),
             meta=ocp.args.JsonSave({"sigma_rel": self._widths, "updates": int(state.step - state.skipped)}),
         )
-        self._manager.save(step, args=args, force=True)
+        try:
+            self._manager.wait_until_finished()
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:  # the average of another width is not worth the run
+            say(f"a snapshot up to step {step} could not be written ({error}); training goes on")
+            self._manager.reload()
 
 
 def _open(workdir: pathlib.Path, create: bool) -> ocp.CheckpointManager:

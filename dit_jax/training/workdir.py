@@ -70,14 +70,19 @@ def dataset_fingerprint(metadata: LatentMetadata) -> str:
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
-    """Raises ConfigError if the workdir holds a run of another config."""
+    """Raises ConfigError if the workdir holds a run of another config, or a config.json that cannot be read.
+
+    Checkpoints hold their config too: without a config.json `check_meta` decides.
+    """
     path = workdir / "config.json"
     if path.is_file():
-        check_same_run(config, from_json(path.read_text()), workdir)
-    elif (workdir / "checkpoints").exists():
-        raise ConfigError(
-            f"--train.workdir {workdir} has checkpoints but no config.json; name another folder"
-        )
+        try:
+            saved = from_json(path.read_text())
+        except ValueError as error:  # ConfigError, or bytes that are no text
+            raise ConfigError(
+                f"{path} cannot be read ({error}); remove it, the checkpoints hold their config too"
+            ) from None
+        check_same_run(config, saved, workdir)
 
 
 def write_description(config: Config, metadata: LatentMetadata, workdir: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from dit_jax.config import ConfigError
 from dit_jax.training import loop
 from dit_jax.training.checkpoint import CheckpointError, Checkpoints, find_damage
 from dit_jax.training.launch import TrainingDivergedError
-from dit_jax.training.logging import read_lines
+from dit_jax.training.logging import MetricsLog, read_lines
 from dit_jax.training.loop import train
 
 
@@ -59,7 +59,8 @@ DAMAGES = {
     "missing meta": lambda folder: shutil.rmtree(folder / "meta"),
     "missing list": lambda folder: (folder / "checksums.json").unlink(),
     "empty folder": lambda folder: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in folder.iterdir()],
-    "orbax's note": lambda folder: (folder / "_CHECKPOINT_METADATA").write_text("{"),
+    "orbax's note": lambda folder: (folder / "_CHECKPOINT_METADATA").write_bytes(b"{\xff"),
+    "missing note": lambda folder: (folder / "_CHECKPOINT_METADATA").unlink(),
 }
 
 
@@ -71,7 +72,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(six_steps, config, tm
     DAMAGES[damage](checkpoints / "6")
     same_bits(train(config(steps=6)), whole)
     said = capsys.readouterr().err
-    if damage != "orbax's note":  # nothing that a run needs
+    if "note" not in damage:  # nothing that a run needs
         assert "checkpoint of step 6 is damaged" in said
         assert "going back to the one before it" in said
         assert (checkpoints / "damaged-6").is_dir()
@@ -86,6 +87,16 @@ def test_a_run_never_starts_over_silently(six_steps, config, tmp_path):
     for _ in range(2):
         with pytest.raises(CheckpointError, match="every one is damaged"):
             train(config(steps=6))
+
+
+@pytest.mark.parametrize("damage", ["orbax's note", "missing note", "missing item", "empty folder"])
+def test_leftovers_of_a_killed_deletion_are_ignored(six_steps, config, tmp_path, capsys, damage):
+    shutil.copytree(six_steps[0], tmp_path / "run")
+    DAMAGES[damage](tmp_path / "run" / "checkpoints" / "2")
+    state = train(config(steps=8))
+    assert int(state.step) == 8
+    assert "damaged" not in capsys.readouterr().err
+    assert {6, 8} <= set(Checkpoints(tmp_path / "run" / "checkpoints", 9).steps())
 
 
 def test_leftovers_of_a_killed_save_are_ignored(six_steps, config, tmp_path):
@@ -184,3 +195,57 @@ def test_a_failed_save_costs_no_older_checkpoint(six_steps, config, tmp_path, mo
     assert all(find_damage(checkpoints.directory / str(step)) == "" for step in checkpoints.steps())
     state = train(config(steps=12))
     same_bits(state, train(config("whole", steps=12)))
+
+
+def test_a_full_disk_stops_no_log(tmp_path, capsys):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, {"loss": 1.0})
+        good = log._file
+        log._file = open("/dev/full", "a")  # noqa: SIM115  (what the kernel says of a full disk)
+        log._events.flush = log._file.flush
+        log._file.write("x")
+        log.write(2, {"loss": 0.5})
+        log.write(3, {"loss": 0.4})
+        good.close()
+    said = capsys.readouterr().err
+    assert "metrics of step 2 could not be written ([Errno 28] No space left on device)" in said
+    assert said.count("TensorBoard events of step 2") == said.count("TensorBoard") == 1
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(config, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # as Orbax leaves it while the step compiles
+    assert int(train(config(steps=2)).step) == 2
+
+
+def test_a_lost_description_costs_nothing(six_steps, config, tmp_path):
+    shutil.copytree(six_steps[0], tmp_path / "run")
+    description = tmp_path / "run" / "config.json"
+    whole = description.read_text()
+    description.write_bytes(whole.encode()[:100] + b"\xff")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read .*; remove it"):
+        train(config(steps=6))
+    description.unlink()
+    with pytest.raises(ConfigError, match=r"--train\.seed is 1; the run in .* has 0"):
+        train(config(steps=6, seed=1))
+    same_bits(train(config(steps=6)), six_steps[1])
+    assert description.is_file()
+
+
+def test_what_fails_with_whole_files_is_no_damage(six_steps, config, tmp_path, monkeypatch):
+    shutil.copytree(six_steps[0], tmp_path / "run")
+
+    def too_large(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(Checkpoints, "_restore_arrays", too_large)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config(steps=6))
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_step_1_is_written_beside_step_10(six_steps, config, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(six_steps[0] / "checkpoints" / "6", checkpoints / "10.leftover")
+    assert int(train(config(steps=1)).step) == 1
+    assert find_damage(checkpoints / "1") == ""

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
@@ -77,7 +78,10 @@ def make_latent_sampler(
             return sample_ddpm(process, denoise, noise, keys)
         return sample_ddim(process, denoise, noise, keys, eta=options.eta)
 
-    return jax.jit(sample, in_shardings=(None, None, split, split), out_shardings=whole)
+    return jax.jit(
+        sample, in_shardings=(None, None, split, split), out_shardings=whole,
+        compiler_options=compiler_options(mesh),
+    )  # fmt: skip
 
 
 def make_decoder(

@@ -265,7 +265,7 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
             f"for it; {advice}"
         ) from None
     seconds = time.perf_counter() - start
-    stats, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    stats, module = compiled.memory_analysis(), hlo.parse(_program_text(compiled))
     operations = hlo.operations(module, chip.flops_per_cycle)
     report = Report(
         chip=chip,
@@ -287,6 +287,16 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
             f"{chip.hbm_gib:g} GiB; {advice}"
         )
     return report
+
+
+def _program_text(compiled: Any) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # seen for unrolled layers on v6e
+        raise ConfigError(
+            "--compile-for: the step compiles and fits, but this libtpu's program cannot be written out to be read "
+            f"({str(error).splitlines()[0]}); other options, such as no --model.unroll, may help"
+        ) from None
 
 
 @contextlib.contextmanager

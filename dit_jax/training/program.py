@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.models.dit import DiT, build_model
@@ -42,15 +43,6 @@ class Program:
     start_from: Callable[[Any], TrainState]
     step: Any
     microbatches: int
-
-
-def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What the compiler is told apart from its defaults, for the devices of `mesh`."""
-    if mesh.devices.flat[0].platform != "tpu":
-        return None
-    # No collective matmul: under fsdp it cuts every product into as many slivers as devices share the parameters,
-    # and sends those around in a loop. Whole parameters are gathered while the layer before still computes.
-    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:

@@ -1,0 +1,142 @@
+"""DiT-XL/2 compiled for TPUs that are not here: memory, collectives and the compiler's estimate of the time.
+
+    python benchmarks/compile_table.py --out runs/compile_table.json --docs docs/performance.md
+
+Takes about a minute per row on two cores, and needs libtpu, no TPU. With --docs the table between the page's two
+markers is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import harness
+from tqdm import tqdm
+
+from dit_jax.config import load, resolve
+from dit_jax.generation.sampling import SamplingOptions
+from dit_jax.training.compile_for import (
+    DoesNotFitError,
+    Report,
+    compile_sampling,
+    compile_training,
+    topology_devices,
+)
+
+MARKERS = ("<!-- compile_table: begin -->", "<!-- compile_table: end -->")
+RECIPES = pathlib.Path(__file__).parent.parent / "configs"
+HEAD = """\
+| | chips | images a chip | GiB of HBM a chip | sent a chip (overlapped) | estimated time | MFU, collectives hidden \
+| MFU, exposed ones on top | images/s a chip | compiled in |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is compiled: a recipe's training step, or with `sampling` the whole loop of a batch."""
+
+    recipe: str
+    topology: str
+    images: int
+    sampling: SamplingOptions | None = None
+
+    @property
+    def name(self) -> str:
+        size = self.recipe.removeprefix("dit_xl2_imagenet")
+        if self.sampling is None:
+            return f"XL/2-{size}, training step"
+        return f"XL/2-{size}, {self.sampling.steps} {self.sampling.sampler.upper()} steps, guided"
+
+
+# As many images as leave a third of the memory free or more; the second row is the paper's batch of 256.
+ROWS = (
+    Row("dit_xl2_imagenet256", "v5e:16x16", 32),
+    Row("dit_xl2_imagenet256", "v5e:4x4", 16),
+    Row("dit_xl2_imagenet256", "v4:4x4x8", 64),
+    Row("dit_xl2_imagenet256", "v5p:4x4x8", 128),
+    Row("dit_xl2_imagenet256", "v6e:16x16", 64),
+    Row("dit_xl2_imagenet512", "v5e:16x16", 8),
+    Row("dit_xl2_imagenet512", "v4:4x4x8", 16),
+    Row("dit_xl2_imagenet512", "v5p:4x4x8", 32),
+    Row("dit_xl2_imagenet512", "v6e:16x16", 16),
+    Row("dit_xl2_imagenet256", "v5e:2x4", 16, SamplingOptions("ddim", 50, 1.5)),
+)
+
+
+def compile_row(row: Row) -> Report:
+    """The row's report; DoesNotFitError where a chip has too little memory."""
+    config = resolve(load(RECIPES / f"{row.recipe}.py"))
+    chips = len(topology_devices(row.topology)[1])
+    batch_size = row.images * chips
+    if row.sampling is not None:
+        return compile_sampling(config, row.sampling, batch_size, row.topology)
+    train = dataclasses.replace(config.train, batch_size=batch_size)
+    return compile_training(dataclasses.replace(config, train=train), row.topology)
+
+
+def table_line(row: Row, report: Report) -> str:
+    """The row of the markdown table."""
+    sent = sum(c.wire_bytes for c in report.collectives)
+    hidden = sum(c.wire_bytes - c.exposed_bytes for c in report.collectives)
+    chips = 1
+    for size in report.mesh.values():
+        chips *= size
+    time_text = f"{report.seconds:.2f} s" if report.seconds > 1 else f"{report.seconds * 1e3:.0f} ms"
+    cells = (
+        row.name,
+        f"{chips} {report.chip.name}",
+        str(report.images),
+        f"{report.total_bytes / 2**30:.1f} of {report.chip.hbm_gib:g}",
+        f"{sent / 1e9:.2f} GB ({hidden / sent:.0%})",
+        time_text,
+        f"{report.mfu:.1%}",
+        f"{report.mfu_with_collectives:.1%}",
+        f"{report.images / report.seconds:.1f}",
+        f"{report.compile_seconds:.0f} s",
+    )
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def replace_table(page: pathlib.Path, table: str) -> None:
+    """Put the table between the page's markers; SystemExit where it has none."""
+    text = page.read_text()
+    begin, found, rest = text.partition(MARKERS[0])
+    _, found_end, after = rest.partition(MARKERS[1])
+    if not found or not found_end:
+        raise SystemExit(f"--docs is {page}, which lacks the lines {MARKERS[0]} and {MARKERS[1]}")
+    page.write_text(f"{begin}{MARKERS[0]}\n{table}{MARKERS[1]}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file of the result")
+    parser.add_argument("--docs", type=pathlib.Path, help="page whose table is replaced")
+    args = parser.parse_args()
+    if args.docs:
+        replace_table(
+            args.docs, args.docs.read_text().partition(MARKERS[0])[2].partition(MARKERS[1])[0].lstrip()
+        )
+    results: list[dict[str, Any]] = []
+    table = HEAD
+    for row in tqdm(ROWS, desc="compiling", unit="row"):
+        start = time.perf_counter()
+        try:
+            report = compile_row(row)
+        except DoesNotFitError as error:
+            raise SystemExit(f"{row.name} on {row.topology}: {error}") from None
+        table += table_line(row, report)
+        results.append({"row": row.name, "seconds_in_all": time.perf_counter() - start} | report.to_dict())
+    if args.docs:
+        replace_table(args.docs, table)
+    print(table)
+    harness.finish(args, {"rows": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from dit_jax.config import ConfigError, load
+from dit_jax.training import loop
 from dit_jax.training.checkpoint import Checkpoints, file_checksums
 from dit_jax.training.logging import read_lines, truncate
 from dit_jax.training.loop import train
+from dit_jax.training.sharding import make_mesh
 
 
 @pytest.fixture
@@ -93,6 +95,27 @@ def test_a_restored_run_fits_another_mesh(config):
     fresh = train(config("other", steps=2))
     assert state.params["blocks"]["mlp"]["fc1"]["kernel"].sharding.shard_shape((2, 32, 64)) == (2, 16, 32)
     same_bits(state.params, fresh.params)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_devices(config, monkeypatch):
+    def train_on(devices, name, **options):
+        monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:devices]))
+        return train(config(name, log_every=1, checkpoint_every=100, **options))
+
+    whole = train_on(1, "whole", steps=6)
+    train_on(8, "parts", steps=2, mesh={"preset": "fsdp_tensor", "data": 2})
+    train_on(4, "parts", steps=4, mesh={"preset": "fsdp"})
+    parts = train_on(1, "parts", steps=6)
+    assert int(parts.step) == 6 and int(parts.skipped) == 0
+    for name in ("params", "ema"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(parts, name)), jax.tree.leaves(getattr(whole, name)), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4)  # Adam moves by up to 1e-3 a step
+    for a, b in zip(metrics(config("parts")), metrics(config("whole")), strict=True):
+        assert a["step"] == b["step"]
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):

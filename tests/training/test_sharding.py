@@ -83,6 +83,13 @@ def test_arrays_lie_where_the_table_says(tiny):
     qkv = state.params["blocks"]["attn"]["qkv"]["kernel"]
     assert qkv.sharding.spec == P(None, ("fsdp",), None, ("tensor",))
     assert qkv.addressable_shards[0].data.shape == (2, 16, 3, 1, 16)
+    first = jax.devices()[0]
+    held = [
+        s.data.nbytes for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards if s.device == first
+    ]
+    assert sum(held) == bytes_per_device(
+        program.state, jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    )
     same = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s.sharding, a.ndim), state, program.state)
     assert all(jax.tree.leaves(same))
 

@@ -37,8 +37,11 @@ def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
     # Heads before tokens: the batched products then read contiguous (tokens, channels) matrices.
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     logits = jnp.einsum("bhnk,bhmk->bhnm", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnm,bhmk->bhnk", weights, v).transpose(0, 2, 1, 3)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    out = jnp.einsum("bhnm,bhmk->bhnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    # The softmax's denominator divides the K channels of the result, not the M weights.
+    out = out / jnp.sum(weights, axis=-1, keepdims=True)
+    return out.astype(v.dtype).transpose(0, 2, 1, 3)
 
 
 class SelfAttention(nn.Module):

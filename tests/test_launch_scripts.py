@@ -1,0 +1,124 @@
+"""The scripts in launch/, run with stand-ins for the commands of clusters; train.py itself reads what they pass."""
+
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+ARGUMENTS = ["--config", "configs/digits.py", "--train.workdir", "runs/a name with spaces"]
+
+
+def put(folder: pathlib.Path, name: str, text: str) -> None:
+    """An executable stand-in in `folder`."""
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+def environment(folder: pathlib.Path, **more: str) -> dict[str, str]:
+    """Stand-ins come first; CALLS is the file that they write to."""
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "CALLS": str(folder / "calls"), "HOME": str(folder), **more}
+
+
+def run(script: str, folder: pathlib.Path, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ROOT / "launch" / script), *ARGUMENTS]
+    return subprocess.run(command, env=environment(folder, **more), capture_output=True, text=True, cwd=ROOT)
+
+
+def accepted_by_train(command: str) -> None:
+    """train.py reads the options of a command line that a script would run."""
+    words = shlex.split(command)
+    options = words[words.index("train.py") + 1 :]
+    assert options[-4:] == ARGUMENTS
+    code = (
+        "import sys; from dit_jax.training import launch; from dit_jax.config import parse_args;"
+        "options, rest, text = launch.parse_launch(); config = parse_args(rest, more_help=text);"
+        "print(options.distributed, config.train.workdir)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("runs/a name with spaces\n")
+    assert done.stdout.startswith("True") == ("--distributed" in options)
+
+
+def test_every_case_has_a_script():
+    names = {script.name for script in SCRIPTS}
+    assert names == {"tpu_pod.sh", "gke_xpk.sh", "slurm_gpu.sh", "single_node_gpu.sh"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_parse_and_explain_themselves(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    shown = subprocess.run([script], capture_output=True, text=True)
+    assert shown.returncode == 2
+    assert f"launch/{script.name} --config" in shown.stdout
+
+
+def test_tpu_pod_waits_for_the_pod_and_runs_on_all_workers(tmp_path):
+    put(
+        tmp_path,
+        "gcloud",
+        'echo "$*" >> "$CALLS"\n[[ $* == *value* ]] && echo ACTIVE\n[[ $* != *describe* || $* == *value* ]]',
+    )
+    done = run("tpu_pod.sh", tmp_path, PROJECT="p", ZONE="z", REPO="https://example.org/dit_jax", SPOT="1")
+    assert done.returncode == 0, done.stderr
+    describe, create, state, install, train = (tmp_path / "calls").read_text().splitlines()
+    assert "queued-resources describe dit --project p --zone z" in describe
+    assert "queued-resources create dit" in create and create.endswith("--spot")
+    assert "state.state" in state
+    assert "--worker=all" in install and ".[tpu]" in install
+    assert "--worker=all" in train
+    accepted_by_train(train)
+
+
+def test_xpk_hands_the_command_over(tmp_path):
+    put(tmp_path, "xpk", 'printf "%s\\n" "${@: -1}" >> "$CALLS"')
+    done = run("gke_xpk.sh", tmp_path, CLUSTER="c")
+    assert done.returncode == 0, done.stderr
+    accepted_by_train((tmp_path / "calls").read_text().strip())
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (3, False)])
+def test_slurm_goes_on_after_a_stop_alone(tmp_path, code, requeued):
+    put(tmp_path, "srun", f'printf "%q " "$@" >> "$CALLS"; exit {code}')
+    put(tmp_path, "scontrol", 'echo "scontrol $*" >> "$CALLS"')
+    done = run("slurm_gpu.sh", tmp_path, SLURM_JOB_ID="7")
+    assert done.returncode == code, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert ("scontrol requeue 7" in calls) == requeued
+    accepted_by_train(calls.partition("scontrol")[0])
+
+
+@pytest.mark.parametrize(("codes", "runs"), [("0", 1), ("1 137 0", 3), ("2", 1), ("3", 1)])
+def test_a_node_tries_again_after_a_crash(tmp_path, codes, runs):
+    put(
+        tmp_path,
+        "python",
+        'echo run >> "$CALLS"; codes=($CODES); exit "${codes[$(grep -c run "$CALLS") - 1]}"',
+    )
+    done = run("single_node_gpu.sh", tmp_path, PYTHON="python", CODES=codes)
+    assert done.returncode == int(codes.split()[-1]), done.stderr
+    assert (tmp_path / "calls").read_text().count("run") == runs
+
+
+def test_a_node_passes_a_stop_on_and_does_not_start_again(tmp_path):
+    put(
+        tmp_path,
+        "python",
+        "trap 'sleep 0.3; exit 75' TERM; echo run >> \"$CALLS\"; while :; do sleep 0.05; done",
+    )
+    command = [str(ROOT / "launch" / "single_node_gpu.sh"), *ARGUMENTS]
+    process = subprocess.Popen(command, env=environment(tmp_path, PYTHON="python"), cwd=ROOT)
+    end = time.monotonic() + 30
+    while not (tmp_path / "calls").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert (tmp_path / "calls").read_text() == "run\n"

@@ -10,10 +10,12 @@ keep_freed_memory()  # before NumPy and JAX start threads
 
 import tyro
 
+from dit_jax.compiler import keep_compiled_programs
 from dit_jax.config import ConfigError
 from dit_jax.generation.command import SampleArgs, main
 
 if __name__ == "__main__":
+    keep_compiled_programs()
     try:
         sys.exit(main(tyro.cli(SampleArgs, description=__doc__)))
     except ConfigError as error:

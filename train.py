@@ -6,6 +6,7 @@ from dit_jax.memory import keep_freed_memory
 
 keep_freed_memory()  # before NumPy and JAX start threads
 
+from dit_jax.compiler import keep_compiled_programs
 from dit_jax.config import ConfigError, parse_args
 from dit_jax.training import launch
 
@@ -13,6 +14,7 @@ from dit_jax.training import launch
 def main() -> int:
     """Exit code 0: finished; 2: bad option; 3: diverged; 4: does not fit the chips of --compile-for; 75: stopped
     by a signal, the same command goes on."""
+    keep_compiled_programs()
     try:
         options, rest, launch_help = launch.parse_launch()
         config = parse_args(rest, more_help=launch_help)

@@ -1,7 +1,16 @@
-"""What the compiler is told apart from its defaults. Only the TPU's is: figures in docs/performance.md."""
+"""What the compiler is told apart from its defaults, and where it keeps its programs.
+
+Only the TPU's has options: figures in docs/performance.md.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
 from jax.sharding import Mesh
 
 # KiB of on-chip memory for the working set of one operation, by jax's device_kind. The rest holds whole arrays.
@@ -19,3 +28,24 @@ def compiler_options(mesh: Mesh) -> dict[str, str | int] | None:
     if device.device_kind in _SCOPED_VMEM_KIB:
         options["xla_tpu_scoped_vmem_limit_kib"] = _SCOPED_VMEM_KIB[device.device_kind]
     return options
+
+
+def keep_compiled_programs() -> None:
+    """Keep compiled programs for the next process, in ~/.cache/dit_jax unless JAX_COMPILATION_CACHE_DIR says where.
+
+    One folder per kind of processor: a program for a CPU uses what that one can do, and homes may be shared.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(home / "dit_jax" / _processor()))
+
+
+def _processor() -> str:
+    """A short name of this kind of processor."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        abilities = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        abilities = platform.processor()
+    return f"{platform.machine()}-{hashlib.sha256(abilities.encode()).hexdigest()[:8]}"

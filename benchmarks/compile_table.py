@@ -103,6 +103,19 @@ def table_line(row: Row, report: Report) -> str:
     return "| " + " | ".join(cells) + " |\n"
 
 
+def costs_table(report: dict[str, Any]) -> str:
+    """The ten costliest operations of a report, as a markdown table."""
+    lines = ["| share of the time | runs | first result | operation in the network |", "|---|---|---|---|"]
+    for op in report["operations"]:
+        shape = op["shape"].strip("(").partition("{")[0]
+        lines.append(
+            f"| {op['cycles'] / report['cycles']:.1%} | {op['times']} | `{shape}` | "
+            f"{'backward' if 'transpose(' in op['source'] else 'forward'}, "
+            f"`{op['source'].partition('blocks/')[2] or op['source']}` |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def replace_table(page: pathlib.Path, table: str) -> None:
     """Put the table between the page's markers; SystemExit where it has none."""
     text = page.read_text()
@@ -132,6 +145,7 @@ def main() -> None:
             raise SystemExit(f"{row.name} on {row.topology}: {error}") from None
         table += table_line(row, report)
         results.append({"row": row.name, "seconds_in_all": time.perf_counter() - start} | report.to_dict())
+    table += f"\nThe ten costliest operations of the first row:\n\n{costs_table(results[0])}"
     if args.docs:
         replace_table(args.docs, table)
     print(table)

@@ -190,6 +190,7 @@ def test_a_failed_save_costs_no_older_checkpoint(six_steps, config, tmp_path, mo
         train(config(steps=12))
     assert "checkpoint of step 8 could not be written" in capsys.readouterr().err  # training went on
     monkeypatch.undo()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))  # the room is given back
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 9)
     assert checkpoints.steps() == [2, 4, 6]
     assert all(find_damage(checkpoints.directory / str(step)) == "" for step in checkpoints.steps())

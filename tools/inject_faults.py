@@ -1,0 +1,329 @@
+"""Does a run survive what happens to runs? Kills it, damages its files, fills its disk; counts survivors.
+
+    python tools/inject_faults.py                 # 50 kills: about 7 minutes on two CPU cores
+    python tools/inject_faults.py --kills 500
+
+Each trial starts a small model on the digits in a process of its own. A kill (SIGKILL, at a random moment from
+start-up on, with a save in progress most of the time) is survived when the next process goes on from the last
+finished checkpoint, finds none damaged and starts no step over that one had kept. After the last kill the run is
+completed and compared, to the bit, with one that was never interrupted. Prints a table and one line of JSON;
+exits with 1 if anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import numpy as np
+import tqdm
+
+from dit_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, resolve
+
+CONTEXT = multiprocessing.get_context("forkserver")
+TIMEOUT = 300.0
+
+
+def make_config(root: pathlib.Path, name: str = "run", steps: int = 10**6, **data: str) -> Config:
+    """A two-layer model on the digits that saves every second step, in root/name."""
+    model = ModelConfig(
+        name="DiT-S/2", depth=2, hidden_size=32, num_heads=2, input_size=(8, 8), in_channels=4, num_classes=10
+    )
+    options = {"dir": str(root / "digits"), "source": "digits"} | data
+    config = Config(
+        model=model,
+        diffusion=DiffusionConfig(num_timesteps=100),
+        data=DataConfig(mirror=False, **options),  # type: ignore[arg-type]
+        optim=OptimConfig(ema_more=(0.9,)),
+        train=TrainConfig(
+            workdir=str(root / name),
+            batch_size=8,
+            steps=steps,
+            log_every=1,
+            checkpoint_every=2,
+            sample_every=0,
+        ),
+    )
+    return resolve(config)
+
+
+# ------------------------------------------------------------------------------- the process under test
+
+
+def run_training(config: Config, output: Connection, largest_file: int) -> None:
+    """Train, with stdout and stderr in a pipe; larger files fail as on a full disk (0: no limit)."""
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    cache = pathlib.Path(config.train.workdir).parent / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    from dit_jax.config import ConfigError
+    from dit_jax.training.loop import train
+
+    try:
+        train(config)
+    except ConfigError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Child:
+    """One process that trains."""
+
+    def __init__(self, config: Config, largest_file: int = 0) -> None:
+        self.workdir = pathlib.Path(config.train.workdir)
+        self._read, write = CONTEXT.Pipe(duplex=False)
+        self._output: list[bytes] = []
+        self.process = CONTEXT.Process(target=run_training, args=(config, write, largest_file))
+        self.process.start()
+        write.close()
+        self._reader = threading.Thread(target=self._collect)
+        self._reader.start()
+
+    def _collect(self) -> None:
+        while data := os.read(self._read.fileno(), 65536):
+            self._output.append(data)
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return b"".join(self._output).decode()
+
+    def finish(self) -> tuple[int | None, str]:
+        """(exit code, output) once it has ended; it is killed when it hangs."""
+        self.process.join(TIMEOUT)
+        self.kill()
+        return self.process.exitcode, self.output
+
+    def wait_for_steps(self, count: int) -> None:
+        """Return when it has logged `count` lines of its own, or has ended."""
+        log, end = self.workdir / "metrics.jsonl", time.monotonic() + TIMEOUT
+        while "going on from step" not in self.output and not log.exists():
+            if not self.process.is_alive() or time.monotonic() > end:
+                return
+            time.sleep(0.01)
+        first = _lines(log)
+        while _lines(log) < first + count and self.process.is_alive() and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        self._reader.join()
+
+
+def _lines(log: pathlib.Path) -> int:
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def finished_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints under their final names."""
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+# ------------------------------------------------------------------------------------------------ trials
+
+
+def trial_kills(root: pathlib.Path, kills: int, rng: random.Random) -> tuple[int, int, list[str]]:
+    """(survived, lost, notes): kill a run again and again, then compare it with an uninterrupted one."""
+    config, notes, lost = make_config(root), [], 0
+    workdir = pathlib.Path(config.train.workdir)
+    kept = 0
+    during_saves = 0
+    for number in tqdm.trange(kills, desc="kill -9", unit="kill"):
+        child = Child(config)
+        if rng.random() < 0.2:
+            time.sleep(rng.uniform(0, 4))  # start-up, restore and compilation included
+        else:
+            child.wait_for_steps(rng.randint(1, 8))
+            time.sleep(rng.uniform(0, 0.1))
+        child.kill()
+        output = child.output
+        during_saves += any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
+        resumed = re.search(r"going on from step (\d+)", output)
+        if "damaged" in output or "Traceback" in output or (resumed and int(resumed[1]) < kept):
+            lost += 1
+            notes.append(f"kill {number}: kept step {kept}, then: {output.strip()[-300:]}")
+        kept = max(finished_steps(workdir), default=0)
+    total = kept + 4
+    code, output = Child(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
+    ).finish()
+    if code != 0:
+        return kills - lost, lost + 1, [*notes, f"did not finish: {output[-300:]}"]
+    code, output = Child(make_config(root, "whole", total)).finish()
+    if code != 0 or not same_state(workdir, root / "whole", total) or log(workdir) != log(root / "whole"):
+        lost += 1
+        notes.append("state or log after the kills differ from those of an uninterrupted run")
+    notes.append(f"{during_saves} of {kills} kills left an unfinished save; compared after {total} steps")
+    return kills - lost, lost, notes
+
+
+def log(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a run's log, without what depends on the clock."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def same_state(one: pathlib.Path, other: pathlib.Path, step: int) -> bool:
+    """Whether two runs' checkpoints of a step are equal to the bit: parameters, averages and optimizer."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    def read(workdir: pathlib.Path, item: str) -> list[np.ndarray]:
+        folder = (workdir / "checkpoints" / str(step) / item).absolute()
+        with ocp.StandardCheckpointer() as reader:
+            shapes = reader.metadata(folder).item_metadata.tree
+            like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+            return jax.tree.leaves(reader.restore(folder, like))
+
+    return all(
+        np.array_equal(a, b)
+        for item in ("params", "ema", "rest")
+        for a, b in zip(read(one, item), read(other, item), strict=True)
+    )
+
+
+def base_run(root: pathlib.Path) -> pathlib.Path:
+    """A finished run of six steps, with checkpoints of steps 2, 4 and 6."""
+    folder = root / "base"
+    if not folder.exists():
+        Child(make_config(root, "base", 6)).finish()
+    return folder
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    """The file with the most bytes below a folder."""
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_bit(file: pathlib.Path, rng: random.Random) -> None:
+    """Flip one random bit."""
+    data = bytearray(file.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def trial_damage(damage: Callable[[pathlib.Path], None], root: pathlib.Path) -> str:
+    """Damage the newest checkpoint; "" if the run falls back, says so and ends as if nothing had been."""
+    base, run = base_run(root), root / "damaged"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(base, run)
+    damage(run / "checkpoints" / "6")
+    code, output = Child(make_config(root, "damaged", 6)).finish()
+    if code != 0 or "checkpoint of step 6 is damaged" not in output or "going on from step 4" not in output:
+        return output[-300:]
+    return "" if same_state(run, base, 6) else "the state differs"
+
+
+def trial_shard(root: pathlib.Path, rng: random.Random) -> str:
+    """Flip a bit in the middle of a data shard; "" if training stops and names it."""
+    copy = root / "bad_digits"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(root / "digits", copy)
+    shard = rng.choice(sorted(copy.glob("*.array_record-*")))
+    flip_bit(shard, rng)
+    config = make_config(root, "shard", 400, dir=str(copy))  # more than an epoch, without 200 saves
+    seldom = dataclasses.replace(config.train, checkpoint_every=1000)
+    code, output = Child(dataclasses.replace(config, train=seldom)).finish()
+    return "" if code == 2 and shard.name in output else f"exit code {code}: {output[-300:]}"
+
+
+def trial_full_disk(root: pathlib.Path) -> str:
+    """No file may grow beyond 40 kB from now on; "" if older checkpoints stay and the run can go on later."""
+    base, run = base_run(root), root / "full"
+    shutil.copytree(base, run)
+    code, output = Child(make_config(root, "full", 10), largest_file=40_000).finish()
+    if code != 2 or "could not be written" not in output or finished_steps(run) != finished_steps(base):
+        return f"exit code {code}, checkpoints {finished_steps(run)}: {output[-300:]}"
+    code, output = Child(make_config(root, "full", 10)).finish()
+    return "" if code == 0 and "going on from step 6" in output else output[-300:]
+
+
+def trial_contradiction(root: pathlib.Path) -> str:
+    """Another learning rate in the same folder; "" if it is refused in one sentence."""
+    base_run(root)
+    config = make_config(root, "base", 8)
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=0.5))
+    code, output = Child(other).finish()
+    return "" if code == 2 and "refused: --optim.learning-rate is 0.5" in output else output[-300:]
+
+
+def main() -> int:
+    """Run all trials; 0 if nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="how often to kill the run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the damaged bits")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    CONTEXT.set_forkserver_preload(["dit_jax.training.loop", "orbax.checkpoint", "grain", "tensorboardX"])
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        base_run(root)  # prepares the dataset and compiles
+
+        def truncate(f: pathlib.Path) -> None:
+            largest(f).write_bytes(largest(f).read_bytes()[: rng.randrange(1, 1000)])
+
+        files = {
+            "truncated file": truncate,
+            "flipped bit": lambda f: flip_bit(largest(f), rng),
+            "flipped bit in any file": lambda f: flip_bit(
+                rng.choice(
+                    [p for p in sorted(f.rglob("*")) if p.is_file() and p.name != "_CHECKPOINT_METADATA"]
+                ),
+                rng,
+            ),
+            "missing file": lambda f: largest(f).unlink(),
+        }
+        trials: dict[str, Callable[[], str]] = {
+            f"checkpoint with a {name}": lambda damage=damage: trial_damage(damage, root)  # type: ignore[misc]
+            for name, damage in files.items()
+        }
+        trials["flipped bit in a data shard"] = lambda: trial_shard(root, rng)
+        trials["disk full during saves"] = lambda: trial_full_disk(root)
+        trials["config contradicts the checkpoint"] = lambda: trial_contradiction(root)
+
+        table = {}
+        survived, lost, notes = trial_kills(root, args.kills, rng)
+        table["kill -9 at a random moment"] = (survived, lost)
+        for name, trial in tqdm.tqdm(trials.items(), desc="other faults"):
+            problem = trial()
+            table[name] = (0, 1) if problem else (1, 0)
+            if problem:
+                notes.append(f"{name}: {problem}")
+    print(f"{'fault':<42}{'survived':>10}{'lost':>6}")
+    for name, (survived, lost) in table.items():
+        print(f"{name:<42}{survived:>10}{lost:>6}")
+    for note in notes:
+        print(f"note: {note}")
+    print(json.dumps({name: {"survived": s, "lost": x} for name, (s, x) in table.items()}))
+    return int(any(lost for _, lost in table.values()))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        sys.exit(main())

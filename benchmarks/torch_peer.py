@@ -177,7 +177,7 @@ def make_diffusers_loop(config: Config, steps: int, scale: float, mode: str) -> 
     from diffusers import DDIMScheduler, DiTPipeline
 
     class NoAutoencoder(nn.Module):
-        dtype = torch.float32
+        dtype, device = torch.float32, torch.device(DEVICE)
         config = type("config", (), {"scaling_factor": 1.0})
 
         def decode(self, latents: Tensor) -> Any:

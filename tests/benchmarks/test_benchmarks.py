@@ -1,0 +1,115 @@
+"""The benchmarks on tiny networks: the peer computes the same, results have their fields, errors are refused."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+TINY = ["--model", "DiT-S/2", "--depth", "2", "--hidden-size", "32", "--num-heads", "2", "--latent-size", "8",
+        "--batch-size", "2", "--rounds", "2"]  # fmt: skip
+
+
+def run(script, *options, out=None, code=""):
+    """A script of benchmarks/ in a process of its own, on one device; with `code`, after that has run."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join((str(FOLDER), str(FOLDER.parent))),
+    }
+    path = str(FOLDER / script)
+    start = (
+        [path]
+        if not code
+        else ["-c", f"{code}\nimport runpy, sys\nrunpy.run_path({path!r}, run_name='__main__')"]
+    )
+    command = [sys.executable, *start, *options, *(["--out", str(out)] if out else [])]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train_step.py", "sample.py"])
+def test_a_benchmark_checks_times_and_writes(script, tmp_path):
+    steps = [] if script == "train_step.py" else ["--steps", "4"]
+    done = run(script, *TINY, *steps, "--peer", "torch", out=tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["benchmark"] == script
+    assert {"device", "versions", "xla_flags"} <= result["environment"].keys()
+    assert result["options"]["hidden_size"] == 32
+    found = result["results"]
+    assert found["jax"]["images_per_s"] > 0 and found["torch"]["time_ratio"] > 0
+    assert all(0 <= error < 1e-3 for error in result["correctness"].values())
+    assert any(name.startswith("peer") for name in result["correctness"])
+
+
+@pytest.mark.slow
+def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
+    wrong = (
+        "import dit_jax.models.blocks as b; b.EPSILON = 1.0; import harness; harness.plain = lambda c: c\n"
+    )
+    wrong += "import torch_dit"  # the peer keeps the right epsilon
+    done = run("sample.py", *TINY, "--steps", "2", "--peer", "torch", out=tmp_path / "r.json", code=wrong)
+    assert done.returncode != 0
+    assert "peer_latents: relative error" in done.stderr and "not timed" in done.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_lean_machines_can_run_them():
+    absent = ("tyro", "grain", "tensorflow_datasets", "pydantic", "diffusers", "array_record", "PIL", "sklearn",
+              "tensorboardX", "safetensors", "matplotlib")  # fmt: skip
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r}))"
+    for script in ("train_step.py", "sample.py"):
+        done = run(script, "--help", code=code)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_peer_is_our_network():
+    import argparse
+
+    import harness
+    import torch
+    import torch_peer
+
+    from dit_jax.models.dit import build_model
+
+    args = argparse.Namespace(
+        model="DiT-S/2", depth=2, hidden_size=48, num_heads=4, latent_size=8, dtype="float32", attention="einsum",
+        unroll=False, batch_size=3,
+    )  # fmt: skip
+    config = harness.make_config(args)
+    model, rng = build_model(config), np.random.default_rng(0)
+    x = rng.standard_normal((3, 8, 8, 4), np.float32)
+    t, y = np.array([0, 500, 999], np.int32), np.array([0, 7, 1000], np.int32)
+    params = harness.random_params(jax.jit(model.init)(jax.random.key(0), x, t, y)["params"])
+    ours = jax.jit(model.apply)({"params": params}, x, t, y)
+    network = torch_peer.torch_network(config, params)
+    with torch.no_grad():
+        theirs = network(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), *map(torch.from_numpy, (t, y)))
+    np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(ours).max()) > 0.1  # not two networks of zeros
+
+
+def test_ratios_are_medians_over_rounds():
+    import harness
+
+    times = {"jax": [1.0, 3.0, 1.0], "torch": [2.0, 3.0, 4.0]}
+    found = harness.summary(times, images=8)
+    assert found["jax"]["images_per_s"] == 8.0
+    assert found["torch"]["time_ratio"] == 0.5
+    assert found["torch"]["time_ratio_of_fastest"] == 0.5
+
+
+def test_an_error_above_the_tolerance_ends_the_script():
+    import harness
+
+    assert harness.check("output", 1e-4, 1e-3) == {"output": 1e-4}
+    for error in (2e-3, float("nan")):
+        with pytest.raises(SystemExit, match="output: relative error"):
+            harness.check("output", error, 1e-3)

@@ -50,6 +50,7 @@ class SelfAttention(nn.Module):
     num_heads: int
     kernel: str = "einsum"
     dtype: Any = jnp.float32
+    heads_split: bool = False  # over devices: then they are not to be taken one by one
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -59,7 +60,8 @@ class SelfAttention(nn.Module):
         project_out = Linear((d,), in_axes=2, dtype=self.dtype, name="proj")
         if self.kernel == "tokens_last":
             q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.dtype, name="qkv")(x)
-            return project_out(tokens_last.attend(q, k, v), "hbkn,hkd->bnd")
+            by_head = x.shape[1] > tokens_last.LONG and not self.heads_split
+            return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
         qkv = Linear((3, *heads), dtype=self.dtype, name="qkv")(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
         # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.

@@ -149,7 +149,9 @@ class Block(nn.Module):
     def __call__(self, x: Array, modulation: Array | None, context: Array | None) -> tuple[Array, None]:
         """x (B, N, D), modulation (B, 4 or 6, D) for adaLN, context (B, M, D) for cross-attention."""
         x = split_batch(x, self.batch_sharding)
-        attention = SelfAttention(self.num_heads, self.attention, self.dtype, name="attn")
+        mesh = getattr(self.batch_sharding, "mesh", None)
+        heads_split = mesh is not None and mesh.shape.get("tensor", 1) > 1
+        attention = SelfAttention(self.num_heads, self.attention, self.dtype, heads_split, name="attn")
         mlp = Mlp(self.mlp_hidden, self.dtype, flatten=self.attention != "tokens_last", name="mlp")
         if modulation is None:
             x = x + attention(AffineNorm(self.dtype, name="norm1")(x))

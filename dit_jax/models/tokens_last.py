@@ -10,6 +10,8 @@ Letters: B batch, N query tokens, M key tokens, D width, H heads, K channels of 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -20,13 +22,42 @@ from jax.ad_checkpoint import checkpoint_name
 from dit_jax.models.embeddings import xavier_uniform_fused
 
 Array = jax.Array
+LONG = 512  # tokens above which one head at a time is faster
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
 
 
-@jax.custom_vjp
-def attend(q: Array, k: Array, v: Array) -> Array:
-    """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q."""
-    return _attend_forward(q, k, v)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
+    """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
+
+    by_head: one head at a time, whose logits stay on the chip where those of all heads would go to memory and back.
+    """
+    return _attend_forward(q, k, v, by_head)[0]
+
+
+def _attend_forward(q: Array, k: Array, v: Array, by_head: bool) -> tuple[Array, tuple[Array, ...]]:
+    run: Callable[..., tuple[Array, ...]] = _one_by_one(_softmax_values) if by_head else _softmax_values
+    out, log_total = run(q, k, v)
+    # Named so that a remat policy can keep what the backward pass needs of the softmax.
+    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
+    return out, (q, k, v, out, log_total)
+
+
+def _attend_backward(by_head: bool, saved: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
+    run: Callable[..., tuple[Array, ...]] = _one_by_one(_gradients) if by_head else _gradients
+    return run(*saved, grad)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _one_by_one(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """The function on arrays (H, ...), applied to one head after the other."""
+
+    def one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(result[0] for result in function(*(a[None] for a in arrays)))
+
+    return lambda *arrays: jax.lax.map(one, arrays)
 
 
 def _logits(q: Array, k: Array) -> Array:
@@ -34,7 +65,8 @@ def _logits(q: Array, k: Array) -> Array:
     return jnp.einsum("hbkm,hbkn->hbmn", k, q, preferred_element_type=jnp.float32)
 
 
-def _attend_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+def _softmax_values(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """The output (H, B, K, N) and the logarithm of the softmax's denominator (H, B, N), float32."""
     logits = _logits(q, k)  # (H, B, M, N)
     highest = jnp.max(logits, axis=2)  # (H, B, N)
     weights = jnp.exp(logits - highest[:, :, None]).astype(v.dtype)
@@ -42,16 +74,13 @@ def _attend_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, .
     with_ones = jnp.pad(v, ((0, 0), (0, 0), (0, ONES), (0, 0)), constant_values=1)
     sums = jnp.einsum("hbkm,hbmn->hbkn", with_ones, weights, preferred_element_type=jnp.float32)
     total = sums[:, :, -1]
-    out = (sums[:, :, :-ONES] / total[:, :, None]).astype(v.dtype)
-    # Named so that a remat policy can keep what the backward pass needs of the softmax.
-    out = checkpoint_name(out, "attention")
-    log_total = checkpoint_name(highest + jnp.log(total), "attention")
-    return out, (q, k, v, out, log_total)
+    return (sums[:, :, :-ONES] / total[:, :, None]).astype(v.dtype), highest + jnp.log(total)
 
 
-def _attend_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
+def _gradients(
+    q: Array, k: Array, v: Array, out: Array, log_total: Array, grad: Array
+) -> tuple[Array, Array, Array]:
     """FlashAttention's backward pass (arXiv 2205.14135, algorithm 4) on whole rows: no reduction over them."""
-    q, k, v, out, log_total = saved
     weights = jnp.exp(_logits(q, k) - log_total[:, :, None])  # (H, B, M, N)
     grad_weights = jnp.einsum("hbkm,hbkn->hbmn", v, grad, preferred_element_type=jnp.float32)
     shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2)  # (H, B, N)
@@ -61,9 +90,6 @@ def _attend_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, Arra
     grad_k = jnp.einsum("hbkn,hbmn->hbkm", q * scale, grad_logits)
     grad_v = jnp.einsum("hbmn,hbkn->hbkm", weights.astype(v.dtype), grad)
     return grad_q, grad_k, grad_v
-
-
-attend.defvjp(_attend_forward, _attend_backward)
 
 
 @jax.custom_vjp

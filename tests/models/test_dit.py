@@ -164,14 +164,30 @@ def test_gradients_of_the_tpu_layout_are_those_of_the_plain_one(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
-def test_attention_of_the_tpu_layout_holds_for_large_logits():
+@pytest.mark.parametrize("by_head", [False, True])
+def test_attention_of_the_tpu_layout_holds_for_large_logits(by_head):
     q, k, v = np.random.default_rng(3).normal(size=(3, 2, 1, 8, 5)).astype(np.float64)  # (H, B, K, N)
     q = q * 300
     logits = np.einsum("hbkn,hbkm->hbnm", q, k) / np.sqrt(8)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     expected = np.einsum("hbnm,hbkm->hbkn", weights / weights.sum(-1, keepdims=True), v)
-    found = tokens_last.attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)))
+    found = tokens_last.attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), by_head)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_head_at_a_time_changes_neither_output_nor_gradient(monkeypatch):
+    model, (x, t, y) = DiT(**TINY, attention="tokens_last", remat="dots_attention"), batch()
+    params = random_params(model)
+
+    def value_and_grad():
+        loss = lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))  # noqa: E731
+        return str(jax.make_jaxpr(loss)(params)).count("scan["), jax.jit(jax.value_and_grad(loss))(params)
+
+    scans, expected = value_and_grad()
+    monkeypatch.setattr(tokens_last, "LONG", 8)  # the model has 24 tokens
+    more_scans, found = value_and_grad()
+    assert more_scans > scans
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
 def test_the_norm_of_bfloat16_is_that_of_the_same_numbers_in_float64():

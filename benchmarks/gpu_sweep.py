@@ -1,9 +1,9 @@
 """The whole sweep on one GPU, in one command: training steps and sampling of DiT, and the same work in PyTorch.
 
-    python benchmarks/gpu_sweep.py --out runs/gpu_sweep                  # everything, about two hours on an H100
+    python benchmarks/gpu_sweep.py --out runs/gpu_sweep                                  # everything: hours
     python benchmarks/gpu_sweep.py --out runs/gpu_sweep --stage train --budget 560    # one stage, in 10 minutes
     python benchmarks/gpu_sweep.py --out runs/gpu_sweep --docs docs/performance.md
-    JAX_PLATFORMS=cpu python benchmarks/gpu_sweep.py --out runs/gpu_sweep --smoke         # tiny, a CPU is enough
+    JAX_PLATFORMS=cpu python benchmarks/gpu_sweep.py --out runs/gpu_sweep --smoke        # tiny, a CPU is enough
 
 Every variant is a process of its own, as XLA's flags hold for a whole process. Its result is DIR/NAME.json and its
 output DIR/NAME.log; one that fails leaves DIR/NAME.failed, and the sweep goes on. What has either file is not run

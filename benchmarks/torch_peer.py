@@ -27,6 +27,8 @@ from dit_jax.config import Config
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILE_MODES = ("none", "default", "max-autotune")
+# The patch projection of float32 comparisons; under bfloat16 nothing is left to it.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def synchronize() -> None:

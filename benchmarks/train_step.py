@@ -66,14 +66,14 @@ def peer_step(args: argparse.Namespace, result: dict[str, Any], params: Any) -> 
 
     config = harness.make_config(args)
     torch.manual_seed(0)
-    if torch_peer.DEVICE == "cuda":
-        torch.set_float32_matmul_precision("high")
     if args.peer == "torch":
         network = torch_peer.torch_network(config, params)
         if params is not None:
             result["correctness"] |= check_peer(config, network, params)
     else:
         network = torch_peer.diffusers_network(config)
+    if torch_peer.DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, after the comparison in float32
     network.train()
     step = torch_peer.TrainStep(network, args.peer, config, args.peer_compile, harness.SCALING_FACTOR)
     batch = harness.synthetic_batch(config)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import gpu_sweep
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -15,6 +16,12 @@ SWEEP = [sys.executable, str(ROOT / "benchmarks" / "gpu_sweep.py")]
 def sweep(*options: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run([*SWEEP, *options], env=env, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_every_variant_has_a_name_and_options_of_its_own():
+    variants = list(gpu_sweep.variants())
+    assert len({v.name for v in variants}) == len(variants)
+    assert len({(v.script, v.options, v.flags) for v in variants}) == len(variants)
 
 
 @pytest.mark.slow

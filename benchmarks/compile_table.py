@@ -146,6 +146,9 @@ def main() -> None:
             except DoesNotFitError as error:
                 raise SystemExit(f"{key}: {error}") from None
             known[key] = {"key": key, "line": table_line(row, report)} | report.to_dict()
+            # Written after every row: what is compiled is not lost when the run is stopped.
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"rows": list(known.values())}))
         results.append(known[key])
     table = HEAD + "".join(row["line"] for row in results)
     table += f"\nThe ten costliest operations of the first row:\n\n{costs_table(results[0])}"

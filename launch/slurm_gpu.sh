@@ -25,9 +25,11 @@ export XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/dit_jax}
 
+# srun has not taken the CPUs per task over from the job since 22.05, and one CPU starves the loader.
+cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
 # A process that has saved and stopped must not end the others, which may still be writing.
 status=0
-srun --kill-on-bad-exit=0 --wait=300 "$PYTHON" train.py "$@" || status=$?
+srun ${cpus:+"$cpus"} --kill-on-bad-exit=0 --wait=300 "$PYTHON" train.py "$@" || status=$?
 if [[ $status -eq 75 ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

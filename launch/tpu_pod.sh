@@ -15,6 +15,7 @@ TYPE=${TYPE:-v5litepod-256}               # accelerator type: v4-128, v5litepod-
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}   # v4: tpu-ubuntu2204-base, v5p: v2-alpha-tpuv5, v6e: v2-alpha-tpuv6e
 NAME=${NAME:-dit}
 REVISION=${REVISION:-main}
+PYTHON_VERSION=${PYTHON_VERSION:-3.12}    # the images' own, of Ubuntu 22.04, is 3.10: too old
 SPOT=${SPOT:-}                            # 1: cheaper, may be taken back at any time; the run then goes on later
 
 where=(--project "$PROJECT" --zone "$ZONE")
@@ -24,14 +25,21 @@ if ! gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" >/dev/n
     gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id "$NAME" \
         --accelerator-type "$TYPE" --runtime-version "$RUNTIME" ${SPOT:+--spot}
 fi
-until gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format 'value(state.state)' \
-    | grep -q ACTIVE; do
-    echo "waiting for $TYPE"
+while :; do
+    state=$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format 'value(state.state)')
+    case $state in
+        ACTIVE) break ;;
+        FAILED | SUSPEND* | DELETING)  # as a spot resource is when it was taken back: it never becomes active again
+            echo "$NAME is $state. Delete it, then run this again: gcloud compute tpus queued-resources delete" \
+                "$NAME --project $PROJECT --zone $ZONE --force" >&2
+            exit 1 ;;
+    esac
+    echo "$NAME is $state, waiting for $TYPE"
     sleep "${POLL_SECONDS:-60}"
 done
 
-on_all_workers "test -d dit_jax || git clone -q '$REPO' dit_jax; cd dit_jax && git fetch -q && \
-git checkout -q '$REVISION' && (test -d .venv || python3 -m venv .venv) && \
-.venv/bin/pip install -q -c requirements.txt -e '.[tpu]'"
+on_all_workers "test -d dit_jax || git clone -q '$REPO' dit_jax; cd dit_jax && git fetch -q origin '$REVISION' && \
+git checkout -q FETCH_HEAD && python3 -m pip install -q --user uv && export PATH=~/.local/bin:\$PATH && \
+(test -d .venv || uv venv -q --python '$PYTHON_VERSION' .venv) && uv pip install -q -c requirements.txt -e '.[tpu]'"
 printf -v arguments '%q ' "$@"
 on_all_workers "cd dit_jax && .venv/bin/python train.py --distributed $arguments"

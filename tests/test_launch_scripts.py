@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from dit_jax.training.launch import EXIT_STOPPED
+
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 ARGUMENTS = ["--config", "configs/digits.py", "--train.workdir", "runs/a name with spaces"]
@@ -75,24 +77,59 @@ def test_tpu_pod_waits_for_the_pod_and_runs_on_all_workers(tmp_path):
     assert "state.state" in state
     assert "--worker=all" in install and ".[tpu]" in install
     assert "--worker=all" in train
+    for command in (install, train):
+        remote = command.partition("--command ")[2]
+        assert subprocess.run(["bash", "-n", "-c", remote]).returncode == 0
     accepted_by_train(train)
 
 
+@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
+def test_tpu_pod_does_not_wait_for_a_resource_that_was_taken_back(tmp_path, state):
+    put(tmp_path, "gcloud", f'echo "$*" >> "$CALLS"\necho {state}')
+    done = run("tpu_pod.sh", tmp_path, PROJECT="p", ZONE="z", REPO="https://example.org/dit_jax")
+    assert done.returncode == 1
+    assert f"dit is {state}" in done.stderr
+    assert "queued-resources delete dit --project p --zone z" in done.stderr
+    assert "ssh" not in (tmp_path / "calls").read_text()
+
+
+def test_tpu_pod_ends_when_it_cannot_ask(tmp_path):
+    put(tmp_path, "gcloud", 'echo "$*" >> "$CALLS"\nexit 1')
+    done = run("tpu_pod.sh", tmp_path, PROJECT="p", ZONE="z", REPO="https://example.org/dit_jax")
+    assert done.returncode == 1
+    assert "ssh" not in (tmp_path / "calls").read_text()
+
+
 def test_xpk_hands_the_command_over(tmp_path):
-    put(tmp_path, "xpk", 'printf "%s\\n" "${@: -1}" >> "$CALLS"')
+    put(tmp_path, "xpk", 'printf "%s\\n" "$*" "${@: -1}" >> "$CALLS"')
     done = run("gke_xpk.sh", tmp_path, CLUSTER="c")
     assert done.returncode == 0, done.stderr
-    accepted_by_train((tmp_path / "calls").read_text().strip())
+    whole, command = (tmp_path / "calls").read_text().splitlines()
+    # xpk gives up on codes below 127, 42 apart, that are not named.
+    assert f"--restart-on-exit-codes 1,{EXIT_STOPPED} " in whole
+    accepted_by_train(command)
+
+    # As xpk runs it in the container: in a subshell, which alone is sent the signal.
+    put(tmp_path, "pip", "exit 0")
+    put(
+        tmp_path,
+        "python",
+        "trap 'exit 75' TERM; touch \"$HOME/started\"; for ((;SECONDS < 20;)); do sleep 0.05; done",
+    )
+    wrapper = f'({command}) & until [[ -e "$HOME/started" ]]; do sleep 0.05; done; kill -TERM $!; wait $!'
+    stopped = subprocess.run(["bash", "-c", wrapper], env=environment(tmp_path), cwd=ROOT)
+    assert stopped.returncode == EXIT_STOPPED
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (3, False)])
 def test_slurm_goes_on_after_a_stop_alone(tmp_path, code, requeued):
     put(tmp_path, "srun", f'printf "%q " "$@" >> "$CALLS"; exit {code}')
     put(tmp_path, "scontrol", 'echo "scontrol $*" >> "$CALLS"')
-    done = run("slurm_gpu.sh", tmp_path, SLURM_JOB_ID="7")
+    done = run("slurm_gpu.sh", tmp_path, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="12")
     assert done.returncode == code, done.stderr
     calls = (tmp_path / "calls").read_text()
     assert ("scontrol requeue 7" in calls) == requeued
+    assert calls.startswith("--cpus-per-task=12 ")
     accepted_by_train(calls.partition("scontrol")[0])
 
 

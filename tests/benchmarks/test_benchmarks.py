@@ -61,6 +61,74 @@ def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.slow
+def test_a_training_step_that_computes_something_else_is_not_timed(tmp_path):
+    wrong = (
+        "import dit_jax.models.blocks as b, harness; right, plain = b.EPSILON, harness.plain\n"
+        "def plain_with_the_right_epsilon(config):\n    b.EPSILON = right\n    return plain(config)\n"
+        "b.EPSILON, harness.plain = 1.0, plain_with_the_right_epsilon"
+    )
+    done = run("train_step.py", *TINY, out=tmp_path / "r.json", code=wrong)
+    assert done.returncode != 0
+    assert "relative error" in done.stderr and "not timed" in done.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+def test_start_up_is_timed_without_and_with_kept_programs(tmp_path):
+    done = run("compile.py", *TINY, "--rounds", "1", "--steps", "2", out=tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "result.json").read_text())["results"]
+    for name in ("train", "sample"):
+        start = found[name]
+        assert start["warm_to_cold"] == pytest.approx(start["warm_s"] / start["cold_s"])
+        assert min(start["cold_s"], start["warm_s"]) > found["imports_s"] > 0
+
+
+SMALL_VAE = ["--channels", "8", "16", "--layers", "1", "--image-size", "16", "--rounds", "2"]
+
+
+@pytest.mark.slow
+def test_the_autoencoder_is_compared_with_diffusers_and_timed(tmp_path):
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[interop]'")
+    done = run("vae.py", *SMALL_VAE, out=tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["correctness"].keys() == {"encode", "decode"}
+    assert all(0 <= error < 1e-3 for error in result["correctness"].values())
+    assert all(result["results"][way]["diffusers"]["time_ratio"] > 0 for way in ("encode", "decode"))
+
+
+@pytest.mark.slow
+def test_an_autoencoder_that_computes_something_else_is_not_timed(tmp_path):
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[interop]'")
+    wrong = (
+        "import dit_jax.interop.diffusers as d, jax; load = d.load_autoencoder_kl\n"
+        "def scaled(folder):\n    model, params = load(folder)\n"
+        "    return model, jax.tree.map(lambda x: 1.01 * x, params)\n"
+        "d.load_autoencoder_kl = scaled"
+    )
+    done = run("vae.py", *SMALL_VAE, out=tmp_path / "r.json", code=wrong)
+    assert done.returncode != 0
+    assert "encode: relative error" in done.stderr and "not timed" in done.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+def test_growth_has_a_figure_for_every_point(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install libtpu (Linux, x86-64)")
+    points = ["--depths", "1", "--devices", "2", "--topologies", "v5e:2x2", "--images-per-chip", "1"]
+    done = run("scaling.py", *TINY, *points, out=tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "result.json").read_text())["results"]
+    for how in ("scan", "unrolled"):
+        assert found[how]["1"]["compile_s"] > 0
+        assert found[how]["1"]["host_mb"] >= found[how]["1"]["host_mb_before"] > 0
+    assert found["devices"]["2"]["median_s"] > 0
+    chips = found["topology"]["v5e:2x2"]
+    assert chips["chips"] == 4 and chips["total_mb"] > chips["state_mb"] > 0
+
+
 def test_lean_machines_can_run_them():
     absent = ("tyro", "grain", "tensorflow_datasets", "pydantic", "diffusers", "array_record", "PIL", "sklearn",
               "tensorboardX", "safetensors", "matplotlib")  # fmt: skip

@@ -148,7 +148,7 @@ class TrainStep:
         self.trained = trained
         o = config.optim
         self.optimizer = torch.optim.AdamW(
-            trained, o.learning_rate, (o.b1, o.b2), weight_decay=o.weight_decay, fused=True
+            trained, o.learning_rate, (o.b1, o.b2), o.eps, weight_decay=o.weight_decay, fused=True
         )
         self.call = compiled(call(network, name), mode)
         self.autocast = config.model.dtype == "bfloat16"

@@ -120,6 +120,9 @@ class OptimConfig:
     """Adam's decay of the first moment."""
     b2: float = 0.999
     """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's addend to the root of the second moment, in units of the gradient: where gradients are no larger,
+    updates shrink with them instead of growing rounding noise to the size of a step."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     grad_clip: float = 0.0
@@ -233,8 +236,8 @@ def _require(good: bool, option: str, found: object, expected: str) -> None:
 
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
-diffusion.num_timesteps optim.learning_rate train.batch_size train.steps train.log_every train.checkpoint_every
-train.keep train.bad_steps train.sample_count train.sample_steps"""
+diffusion.num_timesteps optim.learning_rate optim.eps train.batch_size train.steps train.log_every
+train.checkpoint_every train.keep train.bad_steps train.sample_count train.sample_steps"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
 train.seed train.microbatch train.milestone_every train.snapshot_every train.max_rollbacks data.workers"""

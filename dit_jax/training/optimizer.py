@@ -40,5 +40,5 @@ def is_matrix(params: Any) -> Any:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping by the global norm (if any), then AdamW with decay on matrices only."""
     o = config.optim
-    adamw = optax.adamw(learning_rate(config), o.b1, o.b2, weight_decay=o.weight_decay, mask=is_matrix)
+    adamw = optax.adamw(learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_matrix)
     return optax.chain(optax.clip_by_global_norm(o.grad_clip), adamw) if o.grad_clip > 0 else adamw

@@ -26,22 +26,6 @@ MESHES = {
 }
 
 
-def relative_difference(params, reference):
-    """Largest |a - b| / |b| (norms) over the leaves, without the keys' biases: softmax does not see them, so
-    their gradient is rounding noise, which Adam divides by itself."""
-
-    def difference(path, a, b):
-        a, b = np.asarray(a), np.asarray(b)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith("qkv/bias"):  # (L, 3, H, K)
-            a, b = a[:, ::2], b[:, ::2]
-        elif name.endswith("kv/bias"):  # (L, 2, H, K)
-            a, b = a[:, 1], b[:, 1]
-        return np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-12)
-
-    return max(jax.tree.leaves(jax.tree_util.tree_map_with_path(difference, params, reference)))
-
-
 def every_layout():
     """Each preset with each conditioning; all but two are slow (each compiles for 8 devices)."""
     for preset in PRESETS:
@@ -58,7 +42,7 @@ def test_eight_devices_agree_with_one(tiny, preset, conditioning):
     for now, reference in zip(metrics, one_metrics, strict=True):
         np.testing.assert_allclose(now["loss"], reference["loss"], rtol=1e-5)
         np.testing.assert_allclose(now["grad_norm"], reference["grad_norm"], rtol=1e-4)
-    assert relative_difference(state.params, one_state.params) < 1e-5
+    assert tiny.relative_difference(state.params, one_state.params) < 1e-5
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -19,16 +19,19 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/dit_j
 stopped=
 child=
 # A stop is passed on: the run saves and ends with code 75, and is not started again.
-trap 'stopped=1; [[ -n $child ]] && kill -TERM "$child"' TERM INT
+pass_stop_on() { [[ -z $stopped || -z $child ]] || kill -TERM "$child" 2>/dev/null || true; }
+trap 'stopped=1; pass_stop_on' TERM INT
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     "$PYTHON" train.py "$@" &
     child=$!
+    pass_stop_on  # one that came between the two lines above
     status=0
     wait "$child" || status=$?
     while kill -0 "$child" 2>/dev/null; do  # a signal ends "wait" before the run has saved
         status=0
         wait "$child" || status=$?
     done
+    child=
     # 0 finished, 2 bad option, 3 diverged: another attempt would end in the same way.
     [[ $status -eq 0 || $status -eq 2 || $status -eq 3 || -n $stopped ]] && exit "$status"
     echo "attempt $attempt of $ATTEMPTS ended with code $status; going on from the last checkpoint" >&2

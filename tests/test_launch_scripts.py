@@ -31,7 +31,9 @@ def environment(folder: pathlib.Path, **more: str) -> dict[str, str]:
 
 def run(script: str, folder: pathlib.Path, **more: str) -> subprocess.CompletedProcess[str]:
     command = [str(ROOT / "launch" / script), *ARGUMENTS]
-    return subprocess.run(command, env=environment(folder, **more), capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        command, env=environment(folder, **more), capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
 
 
 def accepted_by_train(command: str) -> None:
@@ -152,10 +154,23 @@ def test_a_node_passes_a_stop_on_and_does_not_start_again(tmp_path):
         "trap 'sleep 0.3; exit 75' TERM; echo run >> \"$CALLS\"; while :; do sleep 0.05; done",
     )
     command = [str(ROOT / "launch" / "single_node_gpu.sh"), *ARGUMENTS]
-    process = subprocess.Popen(command, env=environment(tmp_path, PYTHON="python"), cwd=ROOT)
-    end = time.monotonic() + 30
-    while not (tmp_path / "calls").exists() and time.monotonic() < end:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    process = subprocess.Popen(
+        command, env=environment(tmp_path, PYTHON="python"), cwd=ROOT, start_new_session=True
+    )
+    try:
+        end = time.monotonic() + 30
+        while not (tmp_path / "calls").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 75
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     assert (tmp_path / "calls").read_text() == "run\n"
+
+
+def test_a_stop_is_passed_on_however_early_it_comes(tmp_path):
+    put(tmp_path, "python", "trap 'exit 75' TERM; kill -TERM $PPID; while :; do sleep 0.02; done")
+    for _ in range(30):  # it sometimes arrives before the script has noted whom to pass it on to
+        assert run("single_node_gpu.sh", tmp_path, PYTHON="python").returncode == 75

@@ -36,7 +36,8 @@ TINY = "--depth 2 --hidden-size 32 --num-heads 2 --latent-size 8 --rounds 1"
 SMOKE = {"train_step.py": f"{TINY} --steps-per-round 1 --microbatch 0", "sample.py": f"{TINY} --steps 4"}
 SMOKE_BATCH = 4
 SMOKE_VARIANTS = (  # one of each kind; on a CPU the last fails, as one does that finds no memory
-    "train-remat-dots_attention", "torch-plain", "sample-jax-50", "sample-torch-plain-50", "attention-cudnn",
+    "train-remat-dots_attention", "torch-plain", "sample-jax-50", "sample-torch-plain-50", "kernel-norm",
+    "attention-cudnn",
 )  # fmt: skip
 
 
@@ -114,6 +115,8 @@ def variants() -> Iterator[Variant]:
 
     for kernel in ("cudnn", "xla", "einsum", "tokens_last"):
         yield training("attention", kernel, f"--remat dots_attention --attention {kernel}")
+    yield training("kernel", "norm", f"{BEST_KNOWN} --norm-kernel pallas")
+    yield sampling("kernel", "norm", 50, "--only jax --attention auto --norm-kernel pallas")
     yield training("unroll", "layers", f"{BEST_KNOWN} --unroll")
     for name, flags in FLAGS.items():
         yield training("flags", name, BEST_KNOWN, flags=flags)

@@ -59,6 +59,7 @@ def add_model_options(new: argparse.ArgumentParser, model: str, batch_size: int)
     new.add_argument("--batch-size", type=int, default=batch_size)
     new.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="compute precision")
     new.add_argument("--attention", default="auto", choices=("auto", "einsum", "tokens_last", "xla", "cudnn"))
+    new.add_argument("--norm-kernel", default="xla", choices=("xla", "pallas"), help="for adaLN")
     new.add_argument("--unroll", action="store_true", help="unroll the loop over layers")
 
 
@@ -71,7 +72,8 @@ def make_config(args: argparse.Namespace, **train: Any) -> Config:
     sizes |= {name: value for name, value in given.items() if value}
     model = ModelConfig(
         name=args.model, input_size=(args.latent_size, args.latent_size), dtype=args.dtype,
-        attention=args.attention, remat=getattr(args, "remat", "none"), unroll=args.unroll, **sizes,
+        attention=args.attention, norm_kernel=args.norm_kernel, remat=getattr(args, "remat", "none"),
+        unroll=args.unroll, **sizes,
     )  # fmt: skip
     return Config(
         model=model,
@@ -83,7 +85,9 @@ def make_config(args: argparse.Namespace, **train: Any) -> Config:
 
 def plain(config: Config) -> Config:
     """The same network computed plainly: float32, einsum, nothing recomputed, a loop over layers."""
-    model = dataclasses.replace(config.model, dtype="float32", attention="einsum", remat="none", unroll=False)
+    model = dataclasses.replace(
+        config.model, dtype="float32", attention="einsum", norm_kernel="xla", remat="none", unroll=False
+    )
     return dataclasses.replace(config, model=model)
 
 

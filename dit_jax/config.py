@@ -62,6 +62,9 @@ class ModelConfig:
     attention: Literal["auto", "einsum", "tokens_last", "xla", "cudnn"] = "auto"
     """Attention kernel: auto picks cudnn on a GPU in bfloat16, tokens_last (einsum in a TPU's layout) on a TPU,
     einsum elsewhere."""
+    norm_kernel: Literal["xla", "pallas"] = "xla"
+    """Residual, gate, norm and modulation between a block's branches: xla as the compiler fuses them, pallas in one
+    kernel for GPUs, for adaln and adaln_zero (on a CPU it is interpreted, which is slow; not for TPUs)."""
     remat: Literal["none", "full", "dots", "dots_attention"] = "none"
     """What the backward pass recomputes: nothing; all but block inputs; all but linear layers' outputs; all but
     linear layers' and attention's outputs."""
@@ -275,6 +278,10 @@ def _check_values(config: Config) -> None:
         m.hidden_size,
         "a multiple of 4 (2D sine-cosine positions)",
     )
+    _require(
+        m.norm_kernel == "xla" or m.conditioning in ("adaln", "adaln_zero"),
+        "model.norm_kernel", m.norm_kernel, f"xla, because --model.conditioning is {m.conditioning}",
+    )  # fmt: skip
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _require(
         axes.count(-1) <= 1 and all(a is None or a == -1 or a > 0 for a in axes),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dit_jax.config import Config, ConfigError
 from dit_jax.models.attention import resolve_attention
-from dit_jax.models.blocks import MODULATIONS, AffineNorm, Block, modulate, split_batch
+from dit_jax.models.blocks import MODULATIONS, Block, split_batch
 from dit_jax.models.embeddings import (
     LabelEmbedder,
     Linear,
@@ -26,6 +26,8 @@ from dit_jax.models.embeddings import (
     sincos_positions,
     unpatchify,
 )
+from dit_jax.models.fused_norm import check_norm_kernel
+from dit_jax.models.norms import AffineNorm, modulate
 
 Array = jax.Array
 
@@ -58,6 +60,7 @@ class DiT(nn.Module):
     Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
     `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `dtype` is the
     precision of computation (parameters, norms, softmax and the conditioning vector stay float32);
+    `norm_kernel` "pallas" computes residual, gate, norm and modulation of a block in one kernel (see `fused_norm`);
     `batch_sharding` (a `jax.sharding.Sharding` of the first axis, None on one device) is kept by the activations
     of every block. Without it the compiler may split them along the width instead, as split parameters are.
     """
@@ -75,6 +78,7 @@ class DiT(nn.Module):
     conditioning: str = "adaln_zero"
     dtype: Any = jnp.float32
     attention: str = "auto"
+    norm_kernel: str = "xla"
     remat: str = "none"
     unroll: bool = False
     batch_sharding: Any = None
@@ -157,6 +161,7 @@ class DiT(nn.Module):
             conditioning=self.conditioning,
             attention=resolve_attention(self.attention, self.dtype),
             dtype=self.dtype,
+            norm_kernel=self.norm_kernel,
             batch_sharding=self.batch_sharding,
             name="blocks",
         )
@@ -168,6 +173,7 @@ class DiT(nn.Module):
             )
         if self.remat != "none" and self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat is {self.remat!r}; expected one of none, {', '.join(REMAT_POLICIES)}")
+        check_norm_kernel(self.norm_kernel, self.conditioning)
         if any(side % self.patch_size for side in self.latent_size):
             raise ConfigError(
                 f"input_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
@@ -201,6 +207,7 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         conditioning=m.conditioning,
         dtype=jnp.dtype(m.dtype),
         attention=m.attention,
+        norm_kernel=m.norm_kernel,
         remat=m.remat,
         unroll=m.unroll,
         batch_sharding=batch_sharding,

@@ -229,7 +229,9 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
 
 
 def _for_tpu(config: Config) -> Config:
-    """The config with what "auto" means on a TPU."""
+    """The config with what "auto" means on a TPU; ConfigError where it asks for a GPU's kernel."""
+    if config.model.norm_kernel == "pallas":
+        raise ConfigError("--model.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for")
     if config.model.attention != "auto":
         return config
     return replace(config, model=replace(config.model, attention="tokens_last"))

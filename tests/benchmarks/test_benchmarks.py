@@ -51,9 +51,7 @@ def test_a_benchmark_checks_times_and_writes(script, tmp_path):
 
 @pytest.mark.slow
 def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
-    wrong = (
-        "import dit_jax.models.blocks as b; b.EPSILON = 1.0; import harness; harness.plain = lambda c: c\n"
-    )
+    wrong = "import dit_jax.models.norms as b; b.EPSILON = 1.0; import harness; harness.plain = lambda c: c\n"
     wrong += "import torch_dit"  # the peer keeps the right epsilon
     done = run("sample.py", *TINY, "--steps", "2", "--peer", "torch", out=tmp_path / "r.json", code=wrong)
     assert done.returncode != 0
@@ -64,7 +62,7 @@ def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
 @pytest.mark.slow
 def test_a_training_step_that_computes_something_else_is_not_timed(tmp_path):
     wrong = (
-        "import dit_jax.models.blocks as b, harness; right, plain = b.EPSILON, harness.plain\n"
+        "import dit_jax.models.norms as b, harness; right, plain = b.EPSILON, harness.plain\n"
         "def plain_with_the_right_epsilon(config):\n    b.EPSILON = right\n    return plain(config)\n"
         "b.EPSILON, harness.plain = 1.0, plain_with_the_right_epsilon"
     )
@@ -149,7 +147,7 @@ def test_the_peer_is_our_network():
 
     args = argparse.Namespace(
         model="DiT-S/2", depth=2, hidden_size=48, num_heads=4, latent_size=8, dtype="float32", attention="einsum",
-        unroll=False, batch_size=3,
+        norm_kernel="xla", unroll=False, batch_size=3,
     )  # fmt: skip
     config = harness.make_config(args)
     model, rng = build_model(config), np.random.default_rng(0)

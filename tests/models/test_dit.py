@@ -11,8 +11,8 @@ from dit_jax import DiT
 from dit_jax.config import ConfigError
 from dit_jax.interop.official import params_from_state_dict
 from dit_jax.models import tokens_last
-from dit_jax.models.blocks import normalize
 from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
+from dit_jax.models.norms import normalize
 
 CONDITIONINGS = ["in_context", "cross_attention", "adaln", "adaln_zero"]
 TINY = dict(

@@ -37,7 +37,7 @@ SMOKE = {"train_step.py": f"{TINY} --steps-per-round 1 --microbatch 0", "sample.
 SMOKE_BATCH = 4
 SMOKE_VARIANTS = (  # one of each kind; on a CPU the last fails, as one does that finds no memory
     "train-remat-dots_attention", "torch-plain", "sample-jax-50", "sample-torch-plain-50", "kernel-norm",
-    "attention-cudnn",
+    "float8-b2-kept", "attention-cudnn",
 )  # fmt: skip
 
 
@@ -117,6 +117,9 @@ def variants() -> Iterator[Variant]:
         yield training("attention", kernel, f"--remat dots_attention --attention {kernel}")
     yield training("kernel", "norm", f"{BEST_KNOWN} --norm-kernel pallas")
     yield sampling("kernel", "norm", 50, "--only jax --attention auto --norm-kernel pallas")
+    for remat in ("dots_attention", "none"):
+        yield training("float8", f"xl2-remat-{remat}", f"--remat {remat} --quantization fp8")
+    yield training("float8", "b2-kept", "--remat none --quantization fp8", model="DiT-B/2")
     yield training("unroll", "layers", f"{BEST_KNOWN} --unroll")
     for name, flags in FLAGS.items():
         yield training("flags", name, BEST_KNOWN, flags=flags)

@@ -26,6 +26,7 @@ from dit_jax.training.sharding import batch_sharding, make_mesh
 def options() -> argparse.Namespace:
     parser = harness.parser(__doc__.splitlines()[0])
     harness.add_model_options(parser, "DiT-S/4", 32)
+    parser.add_argument("--quantization", default="none", choices=("none", "fp8"), help="large products")
     parser.add_argument("--remat", default="none", choices=("none", "full", "dots", "dots_attention"))
     parser.add_argument("--microbatch", type=int, default=0, help="images on a device at once; 0: all")
     parser.add_argument("--steps-per-round", type=int, default=1, help="steps between two looks at the clock")

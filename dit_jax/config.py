@@ -59,6 +59,9 @@ class ModelConfig:
     """Share of training labels replaced by the null label, for classifier-free guidance."""
     dtype: Precision = "float32"
     """Compute precision. Parameters, norms' statistics, softmax, timestep embedding and loss stay float32."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8: training computes the blocks' four large products (qkv, proj, fc1, fc2) in 8-bit floats, forward and
+    backward; not with attention tokens_last. For GPUs that have 8-bit matrix units (Ada, Hopper and later)."""
     attention: Literal["auto", "einsum", "tokens_last", "xla", "cudnn"] = "auto"
     """Attention kernel: auto picks cudnn on a GPU in bfloat16, tokens_last (einsum in a TPU's layout) on a TPU,
     einsum elsewhere."""

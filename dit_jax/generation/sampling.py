@@ -62,7 +62,8 @@ def make_latent_sampler(
     """
     process = create_process(config.diffusion, respacing=str(options.steps))
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
-    split_model = model.clone(batch_sharding=split)
+    # Quantization is for training: its scales hang on the whole batch, and a sample must not.
+    split_model = model.clone(batch_sharding=split, quantization="none")
 
     def sample(params: Any, seed: Array, indices: Array, labels: Array) -> Array:
         keys = sample_keys(jax.random.key(seed), indices)

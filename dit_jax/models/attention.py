@@ -51,18 +51,20 @@ class SelfAttention(nn.Module):
     kernel: str = "einsum"
     dtype: Any = jnp.float32
     heads_split: bool = False  # over devices: then they are not to be taken one by one
+    quantization: str = "none"  # of the two projections
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (B, N, D) -> (B, N, D)."""
         d = x.shape[-1]
         heads = (self.num_heads, d // self.num_heads)
-        project_out = Linear((d,), in_axes=2, dtype=self.dtype, name="proj")
+        project_out = Linear((d,), 2, dtype=self.dtype, quantization=self.quantization, name="proj")
         if self.kernel == "tokens_last":
             q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.dtype, name="qkv")(x)
             by_head = x.shape[1] > tokens_last.LONG and not self.heads_split
             return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
-        qkv = Linear((3, *heads), dtype=self.dtype, name="qkv")(x)  # (B, N, 3, H, K)
+        project_in = Linear((3, *heads), dtype=self.dtype, quantization=self.quantization, name="qkv")
+        qkv = project_in(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
         # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.
         return project_out(checkpoint_name(out, "attention"))

@@ -12,6 +12,7 @@ Letters: B batch, N tokens, M context tokens, D width.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -63,13 +64,15 @@ class Mlp(nn.Module):
     hidden: int
     dtype: Any = jnp.float32
     flatten: bool = True
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (B, N, D) -> (B, N, D)."""
         equation = "" if self.flatten else "bnd,dh->bnh"
-        h = gelu(Linear((self.hidden,), dtype=self.dtype, name="fc1")(x, equation))
-        return Linear((x.shape[-1],), dtype=self.dtype, name="fc2")(h, equation)
+        linear = functools.partial(Linear, dtype=self.dtype, quantization=self.quantization)
+        h = gelu(linear((self.hidden,), name="fc1")(x, equation))
+        return linear((x.shape[-1],), name="fc2")(h, equation)
 
 
 class Block(nn.Module):
@@ -80,6 +83,7 @@ class Block(nn.Module):
     conditioning: str
     attention: str = "einsum"
     dtype: Any = jnp.float32
+    quantization: str = "none"
     norm_kernel: str = "xla"
     batch_sharding: Any = None
 
@@ -89,8 +93,11 @@ class Block(nn.Module):
         x = split_batch(x, self.batch_sharding)
         mesh = getattr(self.batch_sharding, "mesh", None)
         heads_split = mesh is not None and mesh.shape.get("tensor", 1) > 1
-        attention = SelfAttention(self.num_heads, self.attention, self.dtype, heads_split, name="attn")
-        mlp = Mlp(self.mlp_hidden, self.dtype, flatten=self.attention != "tokens_last", name="mlp")
+        attention = SelfAttention(
+            self.num_heads, self.attention, self.dtype, heads_split, self.quantization, name="attn"
+        )
+        flatten = self.attention != "tokens_last"
+        mlp = Mlp(self.mlp_hidden, self.dtype, flatten, self.quantization, name="mlp")
         if modulation is None:
             x = x + attention(AffineNorm(self.dtype, name="norm1")(x))
             if context is not None:

@@ -60,6 +60,8 @@ class DiT(nn.Module):
     Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
     `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `dtype` is the
     precision of computation (parameters, norms, softmax and the conditioning vector stay float32);
+    `quantization` "fp8" computes the blocks' four large products (qkv, proj, fc1, fc2) in 8-bit floats, but with
+    attention "tokens_last", which has products of its own, in `dtype`;
     `norm_kernel` "pallas" computes residual, gate, norm and modulation of a block in one kernel (see `fused_norm`);
     `batch_sharding` (a `jax.sharding.Sharding` of the first axis, None on one device) is kept by the activations
     of every block. Without it the compiler may split them along the width instead, as split parameters are.
@@ -77,6 +79,7 @@ class DiT(nn.Module):
     learn_sigma: bool = True
     conditioning: str = "adaln_zero"
     dtype: Any = jnp.float32
+    quantization: str = "none"
     attention: str = "auto"
     norm_kernel: str = "xla"
     remat: str = "none"
@@ -161,6 +164,7 @@ class DiT(nn.Module):
             conditioning=self.conditioning,
             attention=resolve_attention(self.attention, self.dtype),
             dtype=self.dtype,
+            quantization=self.quantization,
             norm_kernel=self.norm_kernel,
             batch_sharding=self.batch_sharding,
             name="blocks",
@@ -174,6 +178,8 @@ class DiT(nn.Module):
         if self.remat != "none" and self.remat not in REMAT_POLICIES:
             raise ConfigError(f"remat is {self.remat!r}; expected one of none, {', '.join(REMAT_POLICIES)}")
         check_norm_kernel(self.norm_kernel, self.conditioning)
+        if self.quantization not in ("none", "fp8"):
+            raise ConfigError(f"quantization is {self.quantization!r}; expected none or fp8")
         if any(side % self.patch_size for side in self.latent_size):
             raise ConfigError(
                 f"input_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
@@ -206,6 +212,7 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         learn_sigma=config.diffusion.learn_sigma,
         conditioning=m.conditioning,
         dtype=jnp.dtype(m.dtype),
+        quantization=m.quantization,
         attention=m.attention,
         norm_kernel=m.norm_kernel,
         remat=m.remat,

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from dit_jax.models import float8
+
 Array = jax.Array
 Initializer = Callable[..., Array]
 
@@ -38,12 +40,14 @@ class Linear(nn.Module):
 
     Tokens are flattened to one axis before the product, so that the weight's gradient contracts a single
     axis: backends make a plain matrix product of it. The kernel keeps its axes apart, for sharding.
+    quantization: "fp8" computes that product in 8-bit floats (see `float8`); equations stay in `dtype`.
     """
 
     features: tuple[int, ...]
     in_axes: int = 1
     kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x: Array, equation: str = "") -> Array:
@@ -61,9 +65,13 @@ class Linear(nn.Module):
             missing = [axis for axis, letter in enumerate(result) if letter not in outputs]
             out = jnp.einsum(equation, x, kernel) + jnp.expand_dims(bias, missing)
         else:
-            contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
             tokens = x.reshape(-1, *inputs)
-            out = jax.lax.dot_general(tokens, kernel, (contract, ((), ()))) + jnp.expand_dims(bias, 0)
+            if self.quantization == "fp8":
+                out = float8.dot(tokens, kernel, self.in_axes)
+            else:
+                contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
+                out = jax.lax.dot_general(tokens, kernel, (contract, ((), ())))
+            out = out + jnp.expand_dims(bias, 0)
             out = out.reshape(*x.shape[: x.ndim - self.in_axes], *self.features)
         # Named so that a remat policy can keep it with its bias.
         return checkpoint_name(out, "linear")

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
+from dit_jax.models.attention import resolve_attention
 from dit_jax.models.dit import DiT, build_model
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.sharding import batch_sharding, check_batch, replicated, state_shardings
@@ -72,8 +73,15 @@ def abstract_batch(config: Config, mesh: Mesh, dtype: Any = np.float16) -> dict[
 def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_factor: float) -> Program:
     """The program of a resolved config; the two factors are the autoencoder's.
 
-    Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh.
+    Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh, and when the
+    attention kernel leaves nothing to quantize.
     """
+    m = config.model
+    if m.quantization == "fp8" and resolve_attention(m.attention, m.dtype) == "tokens_last":
+        raise ConfigError(
+            f"--model.quantization is fp8 with --model.attention {m.attention}, which is tokens_last here and has "
+            f"products of its own; expected none, or --model.attention einsum, xla or cudnn"
+        )
     microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)
     heads = config.model.num_heads
     if heads and heads % mesh.shape["tensor"]:

@@ -79,6 +79,13 @@ def test_sample_17_is_the_same_on_eight_devices(model_and_params, all_latents):
     np.testing.assert_allclose(sampler(params, 3, indices, indices % 10), all_latents, atol=1e-5)
 
 
+def test_a_network_trained_in_8_bits_is_sampled_without(model_and_params):
+    model, params = model_and_params
+    sampler = make_latent_sampler(model.clone(quantization="fp8"), CONFIG, OPTIONS, one_device())
+    index = np.zeros(1, np.int32)
+    assert "f8E4M3" not in sampler.lower(params, 3, index, index).as_text()
+
+
 def test_pictures_do_not_depend_on_the_batch_size(model_and_params):
     model, params = model_and_params
     vae, vae_params = load_autoencoder_kl("digits")

@@ -115,7 +115,10 @@ def variants() -> Iterator[Variant]:
 
     for kernel in ("cudnn", "xla", "einsum", "tokens_last"):
         yield training("attention", kernel, f"--remat dots_attention --attention {kernel}")
-    yield training("kernel", "norm", f"{BEST_KNOWN} --norm-kernel pallas")
+    fused = f"{BEST_KNOWN} --norm-kernel pallas"
+    yield training("kernel", "norm", fused)
+    yield training("kernel", "norm-unrolled", f"{fused} --unroll")
+    yield training("kernel", "norm-cublaslt", fused, flags=FLAGS["cublaslt"])
     yield sampling("kernel", "norm", 50, "--only jax --attention auto --norm-kernel pallas")
     for remat in ("dots_attention", "none"):
         yield training("float8", f"xl2-remat-{remat}", f"--remat {remat} --quantization fp8")

@@ -1,6 +1,8 @@
 """Training steps compiled for TPUs that are not here, and the reading of the compiled programs."""
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ from dit_jax.training.compile_for import (
     topology_devices,
 )
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
+from dit_jax.training.program import build_program
+from dit_jax.training.sharding import make_mesh
 
 PRESETS = ("replicated", "zero1", "fsdp", "fsdp_tensor")
 TOPOLOGIES = ("v5e:2x4", "v6e:2x4")
@@ -124,6 +128,19 @@ def test_a_step_compiles_for_chips_that_are_not_here(compiled, topology, preset)
     assert kinds & {"all-reduce", "reduce-scatter"}, kinds  # the gradients of all chips are added
     gathers = "all-gather" in kinds
     assert gathers == (preset != "replicated"), kinds  # parts of the state are put together where it is split
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["replicated", "fsdp"])
+def test_the_update_is_one_pass_over_each_parameter(compiled, tiny, preset):
+    """A single operation writes a parameter, its two moments and its average."""
+    report = compiled("v5e:2x4", preset)
+    shapes = [re.findall(r"f32\[[\d,]*\]", o.shape) for o in report.operations if o.opcode == "fusion"]
+    updates = [of[0] for of in shapes if len(of) == 4 and len(set(of)) == 1]
+    config = tiny.config(model={"hidden_size": 64}, mesh={"preset": preset})
+    program = build_program(config, make_mesh(config.mesh), scaling_factor=1.0, shift_factor=0.0)
+    parts = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(program.state.params)]
+    assert Counter(updates) >= Counter(f"f32[{','.join(map(str, part))}]" for part in parts if len(part) > 1)
 
 
 @pytest.mark.slow

@@ -79,8 +79,8 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     m = config.model
     if m.quantization == "fp8" and resolve_attention(m.attention, m.dtype) == "tokens_last":
         raise ConfigError(
-            f"--model.quantization is fp8 with --model.attention {m.attention}, which is tokens_last here and has "
-            f"products of its own; expected none, or --model.attention einsum, xla or cudnn"
+            "--model.quantization is fp8 with attention tokens_last (on a TPU that is also what auto means), which has "
+            "products of its own; expected none, or --model.attention einsum, xla or cudnn"
         )
     microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)
     heads = config.model.num_heads

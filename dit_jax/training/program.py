@@ -79,7 +79,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     m = config.model
     if m.quantization == "fp8" and resolve_attention(m.attention, m.dtype) == "tokens_last":
         raise ConfigError(
-            "--model.quantization is fp8 with attention tokens_last (on a TPU that is also what auto means), which has "
+            "--model.quantization is fp8 with attention tokens_last (on a TPU what auto means), which has "
             "products of its own; expected none, or --model.attention einsum, xla or cudnn"
         )
     microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)

@@ -54,6 +54,12 @@ def split_batch(x: Array, sharding: Any) -> Array:
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
+def splits_inner_axes(sharding: Any) -> bool:
+    """Whether the mesh of the batch's sharding also splits inner axes of the parameters (over "tensor")."""
+    mesh = getattr(sharding, "mesh", None)
+    return mesh is not None and mesh.shape.get("tensor", 1) > 1
+
+
 class Mlp(nn.Module):
     """Two linear layers with tanh-approximated GELU between.
 
@@ -71,8 +77,11 @@ class Mlp(nn.Module):
         """x (B, N, D) -> (B, N, D)."""
         equation = "" if self.flatten else "bnd,dh->bnh"
         linear = functools.partial(Linear, dtype=self.dtype, quantization=self.quantization)
-        h = gelu(linear((self.hidden,), name="fc1")(x, equation))
-        return linear((x.shape[-1],), name="fc2")(h, equation)
+        h = linear((self.hidden,), name="fc1")(x, equation)
+        if self.quantization == "fp8":
+            # Without Triton's products XLA would join GELU to this one, and then refuse to compile what it made.
+            h = jax.lax.optimization_barrier(h)
+        return linear((x.shape[-1],), name="fc2")(gelu(h), equation)
 
 
 class Block(nn.Module):
@@ -91,8 +100,7 @@ class Block(nn.Module):
     def __call__(self, x: Array, modulation: Array | None, context: Array | None) -> tuple[Array, None]:
         """x (B, N, D), modulation (B, 4 or 6, D) for adaLN, context (B, M, D) for cross-attention."""
         x = split_batch(x, self.batch_sharding)
-        mesh = getattr(self.batch_sharding, "mesh", None)
-        heads_split = mesh is not None and mesh.shape.get("tensor", 1) > 1
+        heads_split = splits_inner_axes(self.batch_sharding)
         attention = SelfAttention(
             self.num_heads, self.attention, self.dtype, heads_split, self.quantization, name="attn"
         )
@@ -101,7 +109,7 @@ class Block(nn.Module):
         if modulation is None:
             x = x + attention(AffineNorm(self.dtype, name="norm1")(x))
             if context is not None:
-                cross = CrossAttention(self.num_heads, self.dtype, name="cross_attn")
+                cross = CrossAttention(self.num_heads, self.dtype, heads_split, name="cross_attn")
                 x = x + cross(AffineNorm(self.dtype, name="norm_cross")(x), context)
             return x + mlp(AffineNorm(self.dtype, name="norm2")(x)), None
 

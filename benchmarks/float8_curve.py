@@ -4,9 +4,9 @@
     python benchmarks/float8_curve.py --config configs/dit_b2_imagenet256.py --steps 20000 --workdir runs/float8_b2
 
 The runs are the trainer's own, each in a folder below --workdir; a run that was cut off goes on. All three see the
-same images, timesteps and noise, so that losses can be compared step by step. What of a difference is the weights'
-own shows when the averaged weights of all three, which sampling uses, are compared in float32. A CPU computes 8-bit
-products in wider units: its losses are to be expected of a GPU, its time is not.
+same images, timesteps and noise, so that losses can be compared step by step. How much of a difference lies in the
+weights shows when the averaged ones, which sampling uses, are compared in float32, beside those of float32 runs from
+two other seeds. A CPU computes 8-bit products in wider units: its losses can be expected of a GPU, its time cannot.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PRECISIONS = {
     "bfloat16": dict(dtype="bfloat16", quantization="none"),
     "fp8": dict(dtype="bfloat16", quantization="fp8"),
 }
+OTHER_SEEDS = (1, 2)  # float32 runs whose averaged weights say what a difference of seeds does
 FINAL = 0.1  # share of the steps, the last ones, whose mean is the final loss
 COMPARED = 32  # batches over which the averaged weights are compared
 
@@ -48,7 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--config", default="configs/digits.py", help="recipe")
     parser.add_argument("--steps", type=int, default=300, help="steps of each run; its schedule ends there")
     parser.add_argument("--log-every", type=int, default=5, help="steps whose mean is a point of the curve")
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the three runs")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the runs")
     parser.add_argument("--png", type=pathlib.Path, help="picture of the curves")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file of the final losses")
     args = parser.parse_args()
@@ -59,12 +60,12 @@ def options() -> argparse.Namespace:
     return args
 
 
-def run_config(args: argparse.Namespace, name: str) -> Config:
-    """The recipe at one precision, without samples and with one checkpoint."""
+def run_config(args: argparse.Namespace, name: str, seed: int) -> Config:
+    """The recipe at one precision, `seed` added to its seed, without samples and with one checkpoint."""
     config = load(args.config)
     fields = dict(
-        workdir=str(args.workdir / name), steps=args.steps, log_every=args.log_every,
-        checkpoint_every=args.steps, sample_every=0,
+        workdir=str(workdir(args, name, seed)), seed=config.train.seed + seed, steps=args.steps,
+        log_every=args.log_every, checkpoint_every=args.steps, sample_every=0,
     )  # fmt: skip
     return resolve(
         dataclasses.replace(
@@ -73,6 +74,11 @@ def run_config(args: argparse.Namespace, name: str) -> Config:
             train=dataclasses.replace(config.train, **fields),
         )
     )
+
+
+def workdir(args: argparse.Namespace, name: str, seed: int) -> pathlib.Path:
+    """The folder of a run."""
+    return args.workdir / (f"{name}-seed{seed}" if seed else name)
 
 
 def losses(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
@@ -101,9 +107,7 @@ def losses_in_float32(averages: dict[str, Any], config: Config) -> dict[str, flo
     return found
 
 
-def summary(
-    curves: dict[str, tuple[np.ndarray, np.ndarray]], in_float32: dict[str, float], steps: int
-) -> dict[str, Any]:
+def summary(curves: dict[str, tuple[np.ndarray, np.ndarray]], steps: int) -> dict[str, Any]:
     """Final losses, and each precision's difference from bfloat16: of the final loss, and the largest of a point."""
     final = {name: float(loss[at > steps * (1 - FINAL)].mean()) for name, (at, loss) in curves.items()}
     reference = curves["bfloat16"][1]
@@ -112,8 +116,6 @@ def summary(
             "first_loss": float(loss[0]),
             "final_loss": final[name],
             "final_to_bfloat16": final[name] / final["bfloat16"],
-            "averaged_weights_in_float32": in_float32[name],
-            "averaged_weights_to_bfloat16": in_float32[name] / in_float32["bfloat16"],
             "largest_difference_to_bfloat16": float(np.abs(loss / reference - 1).max()),
         }
         for name, (_, loss) in curves.items()
@@ -146,16 +148,23 @@ def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], title: str, path: pat
 def main() -> None:
     args = options()
     curves, averages = {}, {}
-    for name in PRECISIONS:
-        config = run_config(args, name)
-        state = train(config)
+    for name, seed in [*((name, 0) for name in PRECISIONS), *(("float32", seed) for seed in OTHER_SEEDS)]:
+        folder = workdir(args, name, seed)
+        state = train(run_config(args, name, seed))
         if int(state.step) < args.steps:
-            raise SystemExit(f"stopped at step {int(state.step)} of {name}; the same command goes on")
-        curves[name], averages[name] = losses(args.workdir / name), jax.device_get(state.ema[0])
+            raise SystemExit(f"stopped at step {int(state.step)} of {folder}; the same command goes on")
+        averages[folder.name] = jax.device_get(state.ema[0])
+        if not seed:
+            curves[name] = losses(folder)
     if args.png:
         draw(curves, f"{pathlib.Path(args.config).stem}, {args.steps} steps", args.png)
-    in_float32 = losses_in_float32(averages, run_config(args, "float32"))
-    harness.finish(args, {"results": summary(curves, in_float32, args.steps)})
+    in_float32 = losses_in_float32(averages, run_config(args, "float32", 0))
+    result = {
+        "results": summary(curves, args.steps),
+        "averaged_weights_in_float32": in_float32,
+        "averaged_weights_to_bfloat16": {name: x / in_float32["bfloat16"] for name, x in in_float32.items()},
+    }
+    harness.finish(args, result)
 
 
 if __name__ == "__main__":

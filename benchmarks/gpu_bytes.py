@@ -1,6 +1,8 @@
-"""Bytes that a layer of DiT moves on an H100 with either norm kernel, counted in the program compiled for one.
+"""Bytes that a layer of DiT moves on an H100 with either norm kernel, or with and without 8-bit products, counted in
+the program compiled for one.
 
     python benchmarks/gpu_bytes.py --out runs/gpu_bytes.json
+    python benchmarks/gpu_bytes.py --compare quantization --out runs/gpu_bytes_float8.json
 
 Needs no GPU, only its compiler: the packages jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, which
 are part of jax[cuda12]. Every operation counts with what it reads and writes once; what caches keep is not known.
@@ -29,6 +31,8 @@ from dit_jax.training.hlo import Instruction, Module, executions, parse, shape_b
 
 # No product is tried out on a GPU; bias and GELU join cuBLASLt's products, as a tuned program has it.
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_cublaslt=true"
+COMPARED = {"norm_kernel": ("xla", "pallas"), "quantization": ("none", "fp8")}
+FLOAT8_PRODUCT = 'custom_call_target="__cublas$lt$matmul$f8"'
 BANDWIDTH = 3.35e12  # bytes/s of an H100's memory (NVIDIA's datasheet, SXM)
 H100 = """
 gpu_device_info {
@@ -138,6 +142,7 @@ def h100() -> Any:
 def options() -> argparse.Namespace:
     parser = harness.parser(__doc__.splitlines()[0])
     harness.add_model_options(parser, "DiT-XL/2", 64)
+    parser.add_argument("--compare", default="norm_kernel", choices=sorted(COMPARED), help="option compared")
     parser.set_defaults(depth=8, dtype="bfloat16", attention="einsum")
     return parser.parse_args()
 
@@ -149,17 +154,19 @@ def main() -> None:
     tokens = (m.input_size[0] // m.patch_size) * (m.input_size[1] // m.patch_size)
     unit = args.batch_size * tokens * m.hidden_size * 2  # one array (B, N, D) in bfloat16
     rows = []
+    before, after = COMPARED[args.compare]
     for work, remat in (("train", "dots_attention"), ("train", "none"), ("sample", "none")):
+        if work == "sample" and args.compare == "quantization":  # which is for training
+            continue
         for unroll in (False, True):
-            moved = {}
-            for kernel in ("xla", "pallas"):
-                model = dataclasses.replace(m, remat=remat, unroll=unroll, norm_kernel=kernel)
-                moved[kernel] = moved_bytes(
-                    parse(compiled(dataclasses.replace(config, model=model), work, device))
-                )
-            saved = (moved["xla"] - moved["pallas"]) / m.depth
+            moved, products = {}, {}
+            for choice in COMPARED[args.compare]:
+                model = dataclasses.replace(m, remat=remat, unroll=unroll, **{args.compare: choice})
+                program = compiled(dataclasses.replace(config, model=model), work, device)
+                moved[choice], products[choice] = moved_bytes(parse(program)), program.count(FLOAT8_PRODUCT)
+            saved = (moved[before] - moved[after]) / m.depth
             rows.append({
-                "work": work, "remat": remat, "unroll": unroll, "bytes": moved,
+                "work": work, "remat": remat, "unroll": unroll, "bytes": moved, "float8_products": products,
                 "arrays_saved_a_layer": saved / unit,
                 "ms_saved_a_layer_of_256_images": saved * 256 / args.batch_size / BANDWIDTH * 1e3,
             })  # fmt: skip

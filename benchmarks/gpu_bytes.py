@@ -24,7 +24,7 @@ import harness
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from dit_jax.models.dit import build_model
 from dit_jax.training.hlo import Instruction, Module, executions, parse, shape_bytes
@@ -125,7 +125,11 @@ def compiled(config: Any, work: str, device: Any) -> str:
         return model.apply({"params": p}, x, t, y)
 
     gradient = jax.grad(lambda *inputs: jnp.mean(jnp.square(forward(*inputs))))
-    return jax.jit(gradient if work == "train" else forward).lower(params, x, y, y).compile().as_text()
+    # Later versions of JAX ask what the GPU is when they lower a kernel.
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+        lowered = jax.jit(gradient if work == "train" else forward).lower(params, x, y, y)
+    return lowered.compile().as_text()
 
 
 def h100() -> Any:

@@ -10,10 +10,8 @@ RUN ?= runs/digits
 
 comma := ,
 BIN := $(VENV)/bin
-# Without ACCEL jax has no accelerator: say so, and it does not look for one. Two virtual devices keep two cores
-# busier than one device does.
+# Without ACCEL jax has no accelerator: say so, and it does not look for one.
 export JAX_PLATFORMS ?= $(if $(ACCEL),,cpu)
-demo: export XLA_FLAGS ?= $(if $(ACCEL),,--xla_force_host_platform_device_count=2)
 
 .PHONY: demo test lint clean
 

@@ -18,20 +18,19 @@ config = Config(
         input_size=(8, 8),
         in_channels=4,
         num_classes=10,
-        unroll=True,
     ),
     diffusion=DiffusionConfig(schedule="squaredcos_cap_v2", prediction="v"),
     data=DataConfig(dir="data/digits", source="digits", mirror=False, cache="ram"),
     optim=OptimConfig(
-        learning_rate=3e-3, warmup_steps=50, schedule="cosine", b2=0.99, ema_decay=0.995, grad_clip=1.0
+        learning_rate=6e-3, warmup_steps=50, schedule="cosine", b2=0.99, ema_decay=0.995, grad_clip=1.0
     ),
     train=TrainConfig(
         workdir="runs/digits",
         batch_size=64,
-        steps=1200,
+        steps=1000,
         log_every=50,
-        checkpoint_every=600,
-        sample_every=600,
+        checkpoint_every=500,
+        sample_every=500,
         sample_count=50,
         sample_steps=25,
         sample_cfg_scale=1.25,

@@ -5,6 +5,7 @@ Letters: B batch, N tokens, M context tokens, D width, H heads, K channels of a 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -50,7 +51,7 @@ class SelfAttention(nn.Module):
     num_heads: int
     kernel: str = "einsum"
     dtype: Any = jnp.float32
-    heads_split: bool = False  # over devices: then they are not to be taken one by one
+    heads_split: bool = False  # over devices: then they are not taken one by one, nor joined with other axes
     quantization: str = "none"  # of the two projections
 
     @nn.compact
@@ -58,13 +59,15 @@ class SelfAttention(nn.Module):
         """x (B, N, D) -> (B, N, D)."""
         d = x.shape[-1]
         heads = (self.num_heads, d // self.num_heads)
-        project_out = Linear((d,), 2, dtype=self.dtype, quantization=self.quantization, name="proj")
+        linear = functools.partial(
+            Linear, dtype=self.dtype, quantization=self.quantization, as_matrix=not self.heads_split
+        )
+        project_out = linear((d,), in_axes=2, name="proj")
         if self.kernel == "tokens_last":
             q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.dtype, name="qkv")(x)
             by_head = x.shape[1] > tokens_last.LONG and not self.heads_split
             return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
-        project_in = Linear((3, *heads), dtype=self.dtype, quantization=self.quantization, name="qkv")
-        qkv = project_in(x)  # (B, N, 3, H, K)
+        qkv = linear((3, *heads), name="qkv")(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
         # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.
         return project_out(checkpoint_name(out, "attention"))
@@ -75,13 +78,15 @@ class CrossAttention(nn.Module):
 
     num_heads: int
     dtype: Any = jnp.float32
+    heads_split: bool = False  # over devices
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """x (B, N, D), context (B, M, D) -> (B, N, D)."""
         d = x.shape[-1]
         heads = (self.num_heads, d // self.num_heads)
-        q = Linear(heads, dtype=self.dtype, name="q")(x)  # (B, N, H, K)
-        kv = Linear((2, *heads), dtype=self.dtype, name="kv")(context)  # (B, M, 2, H, K)
+        linear = functools.partial(Linear, dtype=self.dtype, as_matrix=not self.heads_split)
+        q = linear(heads, name="q")(x)  # (B, N, H, K)
+        kv = linear((2, *heads), name="kv")(context)  # (B, M, 2, H, K)
         out = attend(q, kv[:, :, 0], kv[:, :, 1], "einsum")  # M is 1 or 2: no fused kernel pays
-        return Linear((d,), in_axes=2, dtype=self.dtype, name="proj")(checkpoint_name(out, "attention"))
+        return linear((d,), in_axes=2, name="proj")(checkpoint_name(out, "attention"))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from dit_jax.config import Config, ConfigError
 from dit_jax.models.attention import resolve_attention
-from dit_jax.models.blocks import MODULATIONS, Block, split_batch
+from dit_jax.models.blocks import MODULATIONS, Block, split_batch, splits_inner_axes
 from dit_jax.models.embeddings import (
     LabelEmbedder,
     Linear,
@@ -43,6 +43,7 @@ class Modulation(nn.Module):
 
     features: tuple[int, ...]
     dtype: Any = jnp.float32
+    as_matrix: bool = True  # as of `Linear`
 
     @nn.compact
     def __call__(self, c: Array) -> Array:
@@ -50,8 +51,9 @@ class Modulation(nn.Module):
         zeros = nn.initializers.zeros
         kernel = self.param("kernel", zeros, (c.shape[-1], *self.features), jnp.float32)
         bias = self.param("bias", zeros, self.features, jnp.float32)
-        out = jnp.tensordot(nn.silu(c).astype(self.dtype), kernel.astype(self.dtype), 1)
-        return out + bias.astype(self.dtype)[None]
+        shape = (c.shape[-1], -1) if self.as_matrix else kernel.shape
+        out = jnp.tensordot(nn.silu(c).astype(self.dtype), kernel.astype(self.dtype).reshape(shape), 1)
+        return out.reshape(-1, *self.features) + bias.astype(self.dtype)[None]
 
 
 class DiT(nn.Module):
@@ -128,7 +130,8 @@ class DiT(nn.Module):
             tokens = jnp.concatenate([tokens, sequence], axis=1)
         modulation = None
         if vectors:
-            modulation = Modulation((self.depth, vectors, d), self.dtype, name="adaln")(c)
+            as_matrix = not splits_inner_axes(self.batch_sharding)
+            modulation = Modulation((self.depth, vectors, d), self.dtype, as_matrix, name="adaln")(c)
             modulation = modulation.swapaxes(0, 1)  # (L, B, 4 or 6, D)
         context = sequence if self.conditioning == "cross_attention" else None
         tokens, _ = self._blocks()(tokens, modulation, context)
@@ -136,7 +139,9 @@ class DiT(nn.Module):
         tokens = tokens[:, : self.grid_size[0] * self.grid_size[1]]  # in_context's extra tokens go
 
         if vectors:
-            shift, scale = jnp.moveaxis(Modulation((2, d), self.dtype, name="final_adaln")(c), 1, 0)
+            shift, scale = jnp.moveaxis(
+                Modulation((2, d), self.dtype, as_matrix, name="final_adaln")(c), 1, 0
+            )
             tokens = modulate(tokens, shift, scale, self.dtype)
         else:
             tokens = AffineNorm(self.dtype, name="final_norm")(tokens)

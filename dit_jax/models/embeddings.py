@@ -39,7 +39,9 @@ class Linear(nn.Module):
     """A linear layer from the last axes of x to `features`, computed on flattened tokens.
 
     Tokens are flattened to one axis before the product, so that the weight's gradient contracts a single
-    axis: backends make a plain matrix product of it. The kernel keeps its axes apart, for sharding.
+    axis: backends make a plain matrix product of it. The kernel is stored with its axes apart, for sharding.
+    as_matrix: it is multiplied as one matrix, whose gradient comes out as the kernel is stored. Where a mesh splits
+    one of its inner axes (such as heads), this would gather it: there it must be False.
     quantization: "fp8" computes that product in 8-bit floats (see `float8`); equations stay in `dtype`.
     """
 
@@ -48,6 +50,7 @@ class Linear(nn.Module):
     kernel_init: Initializer | None = None
     dtype: Any = jnp.float32
     quantization: str = "none"
+    as_matrix: bool = True
 
     @nn.compact
     def __call__(self, x: Array, equation: str = "") -> Array:
@@ -65,16 +68,21 @@ class Linear(nn.Module):
             missing = [axis for axis, letter in enumerate(result) if letter not in outputs]
             out = jnp.einsum(equation, x, kernel) + jnp.expand_dims(bias, missing)
         else:
-            tokens = x.reshape(-1, *inputs)
-            if self.quantization == "fp8":
-                out = float8.dot(tokens, kernel, self.in_axes)
-            else:
-                contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
-                out = jax.lax.dot_general(tokens, kernel, (contract, ((), ())))
-            out = out + jnp.expand_dims(bias, 0)
+            out = self._product(x.reshape(-1, *inputs), kernel) + jnp.expand_dims(bias, 0)
             out = out.reshape(*x.shape[: x.ndim - self.in_axes], *self.features)
         # Named so that a remat policy can keep it with its bias.
         return checkpoint_name(out, "linear")
+
+    def _product(self, tokens: Array, kernel: Array) -> Array:
+        """tokens (T, *inputs) times kernel (*inputs, *features) -> (T, *features)."""
+        if self.quantization == "fp8":
+            return float8.dot(tokens, kernel, self.in_axes)
+        if self.as_matrix:
+            rows = math.prod(tokens.shape[1:])
+            out = tokens.reshape(-1, rows) @ kernel.reshape(rows, -1)
+            return out.reshape(-1, *self.features)
+        contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
+        return jax.lax.dot_general(tokens, kernel, (contract, ((), ())))
 
 
 def patchify(x: Array, patch: int) -> Array:

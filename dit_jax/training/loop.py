@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import optax
 import tqdm
 from jax.sharding import Mesh
 
@@ -20,7 +21,7 @@ from dit_jax.training.checkpoint import Checkpoints, say
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.logging import MetricsLog, Throughput
 from dit_jax.training.program import Program, build_program
-from dit_jax.training.sharding import batch_sharding, make_mesh
+from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.snapshots import Snapshots
 from dit_jax.training.state import TrainState, zero_totals
 from dit_jax.training.step import summarise
@@ -110,6 +111,8 @@ class Run:
         )
         bar = tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
         clock, loss = Throughput(config, self.mesh.size), float("inf")
+        # Once a line, not once a step: it reads all parameters.
+        param_norm = jax.jit(optax.tree.norm, out_shardings=replicated(self.mesh))
         in_flight: collections.deque[Any] = collections.deque()
         with (
             contextlib.closing(data), bar, MetricsLog(self.workdir, step) as log,
@@ -132,6 +135,8 @@ class Run:
                     if step % t.log_every == 0:  # a run that is extended later completes the window
                         state = dataclasses.replace(state, totals=reset_totals(state.totals))
                     line |= clock.lap(step)
+                    with clock.paused():
+                        line["param_norm"] = float(param_norm(state.params))
                     loss = line["loss"]
                     log.write(step, line)
                     bar.set_postfix({"loss": f"{loss:.4f}", "img/s": f"{line['images_per_second']:.0f}"})

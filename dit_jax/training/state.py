@@ -43,7 +43,7 @@ class TrainState:
 
 def zero_totals() -> dict[str, jax.Array]:
     """Sums over no steps. `loss_sum` and `loss_count` have one entry per quarter of the timesteps."""
-    names = ("steps", "skipped", "loss", "mse", "vb", "grad_norm", "param_norm", "learning_rate")
+    names = ("steps", "skipped", "loss", "mse", "vb", "grad_norm", "learning_rate")
     totals = {name: jnp.zeros((), jnp.float32) for name in names}
     return totals | {"loss_sum": jnp.zeros(4, jnp.float32), "loss_count": jnp.zeros(4, jnp.float32)}
 

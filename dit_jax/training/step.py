@@ -145,7 +145,6 @@ def make_train_step(
         metrics |= {
             "steps": jnp.ones(()),
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(new[0]),
             "learning_rate": jnp.asarray(schedule(updates_done), jnp.float32),
         }
         metrics = {name: jnp.where(finite, value, 0) for name, value in metrics.items()}

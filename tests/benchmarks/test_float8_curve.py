@@ -45,7 +45,6 @@ def test_figures_are_of_the_last_tenth_and_relative_to_bfloat16(tmp_path):
 
 
 def test_curves_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
     curves = {name: (np.arange(3), np.array([1.0, 0.9, 0.8])) for name in float8_curve.PRECISIONS}
     float8_curve.draw(curves, "three", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -139,9 +139,16 @@ def make_train_step(
             averages = tuple(ema.update(a, params, d) for a, d in zip(averages, decays, strict=True))
             return params, opt_state, averages
 
-        # A branch, not a select of old and new: a select needs both, and so a copy of the donated state.
+        def select(*old: Any) -> Any:  # a failed update is computed, and dropped
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), update(*old), old)
+
+        def branch(*old: Any) -> Any:
+            return jax.lax.cond(finite, update, lambda *old: old, *old)
+
+        # XLA's GPU compiler would copy the donated state into the result of a branch, its CPU compiler for a select
+        # after an update of several passes; its TPU compiler copies nothing, and expects a branch to be quicker.
         old = (state.params, state.opt_state, state.ema)
-        new = jax.lax.cond(finite, update, lambda *old: old, *old)
+        new = jax.lax.platform_dependent(*old, cpu=branch, tpu=branch, default=select)
         metrics |= {
             "steps": jnp.ones(()),
             "grad_norm": grad_norm,

@@ -52,6 +52,80 @@ def drop_labels(key: jax.Array, labels: jax.Array, num_classes: int, probability
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
 
 
+def make_loss(model: nn.Module, process: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The loss `(params, inputs) -> (mean over the batch, metrics)` of what a step draws."""
+
+    def loss_fn(params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        def denoise_fn(x: jax.Array, t: jax.Array) -> Any:
+            return model.apply({"params": params}, x, t, inputs["label"])
+
+        terms = process.training_losses(denoise_fn, inputs["x0"], inputs["t"], inputs["noise"])
+        quarter = jax.nn.one_hot(inputs["t"] * 4 // process.num_timesteps, 4)  # (B, 4)
+        metrics = {
+            name: terms[name].mean() if name in terms else jnp.zeros(()) for name in ("loss", "mse", "vb")
+        }
+        metrics["loss_sum"] = terms["loss"] @ quarter
+        metrics["loss_count"] = quarter.sum(axis=0)
+        return metrics["loss"], metrics
+
+    return loss_fn
+
+
+def make_gradients(
+    loss_fn: Callable[..., tuple[jax.Array, Metrics]],
+    microbatches: int,
+    split_batch: Callable[..., Any],
+    grad_shardings: Any,
+) -> Callable[..., tuple[Any, Metrics]]:
+    """The gradient `(params, inputs) -> (gradients, metrics)` of the mean loss, summed over microbatches.
+
+    split_batch(tree, axis) splits that axis of a tree of arrays over the devices of the batch.
+    """
+
+    def gradients(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
+        grad_fn = jax.grad(loss_fn, has_aux=True)
+
+        def constrain(grads: Any) -> Any:
+            return (
+                grads if grad_shardings is None else jax.lax.with_sharding_constraint(grads, grad_shardings)
+            )
+
+        if microbatches == 1:
+            grads, metrics = grad_fn(params, inputs)
+            return constrain(grads), metrics
+        # Every microbatch takes a part of each device's rows: no row moves to another device.
+        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), inputs)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            grads, metrics = grad_fn(params, split_batch(part))
+            return jax.tree.map(jnp.add, total, (constrain(grads), metrics)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first))
+        (grads, metrics), _ = jax.lax.scan(add, zeros, split_batch(parts, axis=1))
+        sums = {name: metrics.pop(name) for name in ("loss_sum", "loss_count")}
+        grads, metrics = jax.tree.map(lambda x: x / microbatches, (grads, metrics))
+        return grads, metrics | sums
+
+    return gradients
+
+
+def update_if(good: jax.Array, update: Callable[..., Any], old: tuple[Any, ...]) -> Any:
+    """update(*old) where `good` () holds, else old, in the way that copies no donated array.
+
+    XLA's GPU compiler would copy the state into the result of a branch, its CPU compiler for a select after an
+    update of several passes; its TPU compiler copies nothing, and expects a branch to be quicker.
+    """
+
+    def select(*old: Any) -> Any:  # a failed update is computed, and dropped
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), update(*old), old)
+
+    def branch(*old: Any) -> Any:
+        return jax.lax.cond(good, update, lambda *old: old, *old)
+
+    return jax.lax.platform_dependent(*old, cpu=branch, tpu=branch, default=select)
+
+
 def make_train_step(
     model: nn.Module,
     process: Any,
@@ -88,43 +162,7 @@ def make_train_step(
         label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
         return split_batch({"x0": x0, "t": t, "noise": noise, "label": label})
 
-    def loss_fn(params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        def denoise_fn(x: jax.Array, t: jax.Array) -> Any:
-            return model.apply({"params": params}, x, t, inputs["label"])
-
-        terms = process.training_losses(denoise_fn, inputs["x0"], inputs["t"], inputs["noise"])
-        quarter = jax.nn.one_hot(inputs["t"] * 4 // process.num_timesteps, 4)  # (B, 4)
-        metrics = {
-            name: terms[name].mean() if name in terms else jnp.zeros(()) for name in ("loss", "mse", "vb")
-        }
-        metrics["loss_sum"] = terms["loss"] @ quarter
-        metrics["loss_count"] = quarter.sum(axis=0)
-        return metrics["loss"], metrics
-
-    def gradients(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
-        grad_fn = jax.grad(loss_fn, has_aux=True)
-
-        def constrain(grads: Any) -> Any:
-            return (
-                grads if grad_shardings is None else jax.lax.with_sharding_constraint(grads, grad_shardings)
-            )
-
-        if microbatches == 1:
-            grads, metrics = grad_fn(params, inputs)
-            return constrain(grads), metrics
-        # Every microbatch takes a part of each device's rows: no row moves to another device.
-        parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), inputs)
-
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            grads, metrics = grad_fn(params, split_batch(part))
-            return jax.tree.map(jnp.add, total, (constrain(grads), metrics)), None
-
-        first = jax.tree.map(lambda x: x[0], parts)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first))
-        (grads, metrics), _ = jax.lax.scan(add, zeros, split_batch(parts, axis=1))
-        sums = {name: metrics.pop(name) for name in ("loss_sum", "loss_count")}
-        grads, metrics = jax.tree.map(lambda x: x / microbatches, (grads, metrics))
-        return grads, metrics | sums
+    gradients = make_gradients(make_loss(model, process), microbatches, split_batch, grad_shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         updates_done = state.step - state.skipped
@@ -139,16 +177,7 @@ def make_train_step(
             averages = tuple(ema.update(a, params, d) for a, d in zip(averages, decays, strict=True))
             return params, opt_state, averages
 
-        def select(*old: Any) -> Any:  # a failed update is computed, and dropped
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), update(*old), old)
-
-        def branch(*old: Any) -> Any:
-            return jax.lax.cond(finite, update, lambda *old: old, *old)
-
-        # XLA's GPU compiler would copy the donated state into the result of a branch, its CPU compiler for a select
-        # after an update of several passes; its TPU compiler copies nothing, and expects a branch to be quicker.
-        old = (state.params, state.opt_state, state.ema)
-        new = jax.lax.platform_dependent(*old, cpu=branch, tpu=branch, default=select)
+        new = update_if(finite, update, (state.params, state.opt_state, state.ema))
         metrics |= {
             "steps": jnp.ones(()),
             "grad_norm": grad_norm,

@@ -69,8 +69,8 @@ class SelfAttention(nn.Module):
             return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
         qkv = linear((3, *heads), name="qkv")(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
-        # Named so that a remat policy can keep it: a fused kernel's output is no matmul of the graph.
-        return project_out(checkpoint_name(out, "attention"))
+        # Named so that a remat policy can keep it; cuDNN's is kept with its statistics (`dit.REMAT_POLICIES`).
+        return project_out(out if self.kernel == "cudnn" else checkpoint_name(out, "attention"))
 
 
 class CrossAttention(nn.Module):

@@ -31,10 +31,19 @@ from dit_jax.models.norms import AffineNorm, modulate
 
 Array = jax.Array
 
+
+def saves_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy that keeps what cuDNN's backward pass needs of its forward pass: the output, and the softmax's
+    statistics, which have no name."""
+    return bool(primitive.name == "dot_product_attention_fwd_wrapper")
+
+
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("linear"),
-    "dots_attention": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    "dots_attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("linear", "attention"), saves_cudnn_attention
+    ),
 }
 
 

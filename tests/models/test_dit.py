@@ -242,3 +242,20 @@ def test_wrong_inputs_are_refused():
         model.init(jax.random.key(0), x.transpose(0, 2, 1, 3), t, y)
     with pytest.raises(ValueError, match="y is missing"):
         model.init(jax.random.key(0), x, t)
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots_attention", 1), ("full", 2)])
+def test_cudnn_attention_is_computed_once_where_remat_keeps_it(monkeypatch, remat, forward_passes):
+    cudnn = pytest.importorskip(
+        "jax._src.cudnn.fused_attention_stablehlo", reason="needs JAX's cuDNN attention"
+    )
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # traced only: no GPU is needed
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
+    model = DiT(**TINY | {"hidden_size": 128, "num_heads": 2}, dtype=jnp.bfloat16, remat=remat)
+    x, t, y = batch()
+    params = jax.eval_shape(model.clone(remat="none").init, jax.random.key(0), x, t, y)["params"]
+    fused = model.clone(attention="cudnn")
+    gradient = jax.grad(lambda p: fused.apply({"params": p}, x, t, y).sum())
+    program = str(jax.make_jaxpr(gradient)(params))
+    assert program.count("dot_product_attention_fwd_wrapper[") == forward_passes
+    assert program.count("dot_product_attention_bwd_wrapper[") == 1

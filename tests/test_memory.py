@@ -7,19 +7,19 @@ import sys
 import pytest
 
 COUNT_FAULTS = """
-import resource, sys
+import resource, statistics, sys
 from dit_jax.memory import keep_freed_memory
 
 print(keep_freed_memory() if sys.argv[1] == "keep" else False)
 import jax, jax.numpy as jnp
 x = jnp.ones(4096)
 f = jax.jit(lambda x: jnp.cos(jnp.outer(x, x)[:, :512].T @ jnp.outer(x, x)).sum())
-for _ in range(20):  # until the kept memory has found its size
+faults = []
+for _ in range(61):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
-    f(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(faults)))
 """
 
 
@@ -36,11 +36,12 @@ def run(choice: str, platforms: str) -> tuple[str, int]:
     reason="needs glibc's malloc",
 )
 def test_freed_memory_is_kept_for_the_next_step():
+    # The median of the steps: what is kept still grows now and then, when two buffers meet that never met before.
     kept, faults = run("keep", "cpu")
     _, returned = run("leave", "cpu")
     assert kept == "True"
     assert returned > 10_000  # every step gets fresh pages: some 64 MiB of 4 KiB each
-    assert faults < returned / 10
+    assert faults < returned / 100
 
 
 def test_malloc_is_left_alone_where_an_accelerator_may_be_in_use(monkeypatch):

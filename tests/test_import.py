@@ -6,10 +6,10 @@ import sys
 PROBE = """
 import time, sys
 import jax
-start = time.perf_counter()
+start = time.process_time()
 import dit_jax
 from dit_jax import DiT, GaussianDiffusion, sample_ddim, sample_ddpm
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 print(",".join(m for m in ("torch", "tensorflow", "tensorflow_datasets", "diffusers", "matplotlib", "sklearn")
                if m in sys.modules))
 """

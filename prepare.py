@@ -115,12 +115,14 @@ def inspect(args: Inspect) -> None:
     """Check the dataset, and draw it."""
     from dit_jax.data import inspection
     from dit_jax.data.latents import LatentDataset
+    from dit_jax.files import check_file
 
     dataset = LatentDataset(args.dir)
+    sheet = args.out or args.dir.with_name(f"{args.dir.name}.png")
+    check_file("--out", sheet)
     print(inspection.describe(dataset.metadata))
     inspection.check(dataset)
     print("every record is as the metadata says")
-    sheet = args.out or args.dir.with_name(f"{args.dir.name}.png")
     inspection.sample_sheet(dataset, sheet, args.vae, args.count)
     print(f"samples: {sheet}")
 

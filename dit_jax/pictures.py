@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import pathlib
 
 import numpy as np
+
+from dit_jax.files import whole_file
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -36,8 +37,5 @@ def save_grid(path: str | os.PathLike[str], images: np.ndarray, columns: int | N
     factor = max(1, 64 // images.shape[1])
     large = images.repeat(factor, axis=1).repeat(factor, axis=2)
     canvas = grid(large, columns)
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(temporary, format="PNG")

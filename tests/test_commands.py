@@ -84,6 +84,13 @@ def test_what_is_wrong_is_said_in_one_line(workdir, tmp_path):
     assert "--labels names 'cat'" in error("sample.py", "--workdir", workdir, "--labels", "cat")
     assert "--step is 5; " in error("sample.py", "--workdir", workdir, "--step", 5)
     assert "has no config.json" in error("sample.py", "--workdir", tmp_path)
+    assert f"--out is '{tmp_path}', which is a folder" in error(
+        "sample.py", "--workdir", workdir, "--out", tmp_path
+    )
+    taken = workdir / "config.json"
+    assert f"--train.workdir is '{taken}/run', where no file can be written" in error(
+        "train.py", "--data.dir", workdir.parent / "data", "--train.workdir", taken / "run", *TINY
+    )
     assert "cannot be read" in error("evaluate.py", "--npz", tmp_path / "none.npz")
     assert "patch-size 3" in error("train.py", "--model.patch-size", 3)
     assert "is not a file" in error("train.py", "--config", "configs/none.py")

@@ -264,6 +264,15 @@ def trial_full_disk(root: pathlib.Path) -> str:
     return "" if code == 0 and "going on from step 6" in output else output[-300:]
 
 
+def trial_full_from_the_start(root: pathlib.Path) -> str:
+    """No file may grow beyond 1 kB; "" if a new run is refused in one sentence that names its folder."""
+    base_run(root)  # prepares the dataset
+    code, output = Child(make_config(root, "none", 8), largest_file=1000).finish()
+    return (
+        "" if code == 2 and "refused: --train.workdir is" in output else f"exit code {code}: {output[-300:]}"
+    )
+
+
 def trial_contradiction(root: pathlib.Path) -> str:
     """Another learning rate in the same folder; "" if it is refused in one sentence."""
     base_run(root)
@@ -305,6 +314,7 @@ def main() -> int:
         }
         trials["flipped bit in a data shard"] = lambda: trial_shard(root, rng)
         trials["disk full during saves"] = lambda: trial_full_disk(root)
+        trials["disk full from the start"] = lambda: trial_full_from_the_start(root)
         trials["config contradicts the checkpoint"] = lambda: trial_contradiction(root)
 
         table = {}

@@ -38,11 +38,10 @@ from dit_jax.data.metadata import (
     recipe,
     serialize,
     shard_name,
-    sync_folder,
     write_tfds_metadata,
-    write_whole,
 )
 from dit_jax.data.sources import Source
+from dit_jax.files import check_folder, sync_folder, write_whole
 
 UNFINISHED = ".unfinished"  # folder of the recipe, the finished shards' facts and files being written
 RECIPE_FILE = "recipe.json"
@@ -127,7 +126,7 @@ def _start(out: pathlib.Path, plan: LatentMetadata) -> None:
             raise DataError(
                 f"{out} is not empty and holds no dataset of ours; expected a new or an empty folder"
             )
-        file.parent.mkdir(parents=True, exist_ok=True)
+        check_folder("the dataset's folder", file.parent)
         write_whole(file, json.dumps(recipe(plan), indent=2) + "\n")
     _require_same(plan, json.loads(file.read_text()), out, "an unfinished dataset")
 

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,26 +148,6 @@ def load_metadata(directory: str | os.PathLike[str]) -> LatentMetadata:
             f"python prepare.py --source folder:PICTURES --vae VAE --out {directory}"
         )
     return LatentMetadata.from_json(file.read_text(), str(file))
-
-
-def write_whole(file: pathlib.Path, text: str) -> None:
-    """Write a small file so that it is whole or not there at all."""
-    beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")  # unique among hosts that share a disk
-    with open(beside, "w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(beside, file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: pathlib.Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------------------------------- records

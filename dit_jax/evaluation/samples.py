@@ -6,11 +6,11 @@ Legend: N samples, H and W sides in pixels.
 from __future__ import annotations
 
 import os
-import pathlib
 
 import numpy as np
 
 from dit_jax.config import ConfigError
+from dit_jax.files import whole_file
 
 
 def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray) -> None:
@@ -18,12 +18,8 @@ def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.nd
 
     The file appears when it is whole.
     """
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".part")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, images, labels)
-    os.replace(temporary, target)
 
 
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config, ConfigError, from_json, load, resolve
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.samples import save_samples
+from dit_jax.files import check_file
 from dit_jax.generation.sampling import SamplingOptions, check_sampling, generate_images, load_decoder
 from dit_jax.models.dit import build_model
 from dit_jax.pictures import save_grid
@@ -130,6 +131,11 @@ def main(args: SampleArgs) -> int:
     labels = np.resize(classes, args.num_samples)
     check_sampling(model, config, options, labels)
 
+    out = args.out or (None if args.npz else str(run.workdir / "samples.png"))
+    for option, path in (("--npz", args.npz), ("--out", out)):
+        if path and jax.process_index() == 0:
+            check_file(option, path)
+
     mesh = Mesh(np.array(jax.devices()), ("data",))
     x = jnp.zeros((1, *model.latent_size, model.in_channels))
     y = jnp.zeros(1, jnp.int32)
@@ -145,7 +151,6 @@ def main(args: SampleArgs) -> int:
     )
     if jax.process_index() != 0:
         return 0
-    out = args.out or (None if args.npz else str(run.workdir / "samples.png"))
     if args.npz:
         save_samples(args.npz, images, labels)
         print(f"{len(images)} pictures of step {step}: {args.npz}")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dit_jax.files import whole_file
 from dit_jax.interop import keymap
 from dit_jax.interop.keymap import CONV, LINEAR, Rule
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -92,17 +93,10 @@ def save_autoencoder_kl(
         state_dict, _shapes(model), AUTOENCODER_KL_RULES, "params"
     )  # refuses what could not be read back
     state_dict = {name: tensor.astype(dtype) for name, tensor in state_dict.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = {name: folder / f".{name}.{os.getpid()}" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
+    with whole_file(folder / CONFIG_FILE) as config, whole_file(folder / WEIGHTS_FILE) as weights:
         # As bytes: safetensors' own file would be readable by its owner alone.
-        beside[WEIGHTS_FILE].write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
-        beside[CONFIG_FILE].write_text(model.config.to_json())
-        for name, written in beside.items():
-            os.replace(written, folder / name)
-    finally:
-        for written in beside.values():
-            written.unlink(missing_ok=True)
+        weights.write_bytes(safetensors.numpy.save(state_dict, metadata={"format": "pt"}))
+        config.write_text(model.config.to_json())
 
 
 def weights_hash(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> str:

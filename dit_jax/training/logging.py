@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ import jax
 
 from dit_jax import flops
 from dit_jax.config import Config
+from dit_jax.files import write_whole
 from dit_jax.training.checkpoint import say
 
 
@@ -86,9 +86,7 @@ def truncate(path: pathlib.Path, step: int) -> None:
     """Drop the lines after `step`, atomically."""
     if path.exists():
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Throughput:

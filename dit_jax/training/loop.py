@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from dit_jax.config import Config
 from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import batches
+from dit_jax.files import check_folder
 from dit_jax.training.checkpoint import Checkpoints, say
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.logging import MetricsLog, Throughput
@@ -49,6 +50,8 @@ def train(config: Config) -> TrainState:
     mesh = make_mesh(config.mesh)
     dataset = open_dataset(config)
     metadata = dataset.metadata
+    if jax.process_index() == 0:
+        check_folder("--train.workdir", workdir)
     program = build_program(
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor
     )

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tqdm
 
 from dit_jax.config import Config, ConfigError, from_json, to_json
+from dit_jax.files import check_folder
 from dit_jax.training import ema
 from dit_jax.training.checkpoint import CheckpointError, say
 from dit_jax.training.state import TrainState
@@ -142,6 +143,7 @@ def main(args: SnapshotArgs) -> None:
         raise ConfigError(f"--out is {out}, which exists; expected a new folder")
     if not (workdir / "config.json").is_file():
         raise ConfigError(f"--workdir is {workdir}, which has no config.json; expected the folder of a run")
+    check_folder("--out", out.parent)
     params, step = reconstruct(workdir, args.sigma_rel, args.step)
     config = from_json((workdir / "config.json").read_text())
     optim = dataclasses.replace(config.optim, ema_more=(), ema_sigma_rel=())

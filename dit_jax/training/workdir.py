@@ -14,6 +14,7 @@ import jax
 
 from dit_jax.config import Config, ConfigError, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
+from dit_jax.files import write_whole
 from dit_jax.training.checkpoint import CheckpointError
 
 # Options that may change when a run goes on; any other makes it another run.
@@ -91,8 +92,5 @@ def write_description(config: Config, metadata: LatentMetadata, workdir: pathlib
     With them a workdir can be sampled from where the dataset is not.
     """
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
         for name, text in (("config.json", to_json(config)), ("dataset.json", metadata.to_json())):
-            temporary = workdir / f".{name}.tmp"
-            temporary.write_text(text)
-            os.replace(temporary, workdir / name)
+            write_whole(workdir / name, text)

@@ -14,5 +14,6 @@ def test_a_run_survives_kills(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # one device: the processes start sooner
     import inject_faults
 
+    assert inject_faults.trial_full_from_the_start(tmp_path) == ""
     survived, lost, notes = inject_faults.trial_kills(tmp_path, 2, random.Random(0))
     assert (survived, lost) == (2, 0), notes

@@ -62,9 +62,9 @@ class ModelConfig:
     quantization: Literal["none", "fp8"] = "none"
     """fp8: training computes the blocks' four large products (qkv, proj, fc1, fc2) in 8-bit floats, forward and
     backward; not with attention tokens_last. For GPUs that have 8-bit matrix units (Ada, Hopper and later)."""
-    attention: Literal["auto", "einsum", "tokens_last", "xla", "cudnn"] = "auto"
-    """Attention kernel: auto picks cudnn on a GPU in bfloat16, tokens_last (einsum in a TPU's layout) on a TPU,
-    einsum elsewhere."""
+    attention: Literal["auto", "einsum", "tokens_last", "tokens_last_by_head", "xla", "cudnn"] = "auto"
+    """Attention kernel: auto picks cudnn on a GPU in bfloat16, tokens_last (einsum in a TPU's layout; by_head: one
+    head after the other, for long sequences) on a TPU, einsum elsewhere."""
     norm_kernel: Literal["xla", "pallas"] = "xla"
     """Residual, gate, norm and modulation between a block's branches: xla as the compiler fuses them, pallas in one
     kernel for GPUs, for adaln and adaln_zero (on a CPU it is interpreted, which is slow; not for TPUs)."""
@@ -73,6 +73,12 @@ class ModelConfig:
     linear layers' and attention's outputs."""
     unroll: bool = False
     """Unroll the loop over layers (longer compilation, sometimes faster steps). Parameters keep their layout."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of a latent, of a resolved config."""
+        assert self.patch_size
+        return (self.input_size[0] // self.patch_size) * (self.input_size[1] // self.patch_size)
 
 
 @dataclass(frozen=True)

@@ -48,16 +48,11 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS if part in kind), None)
 
 
-def _tokens(m: ModelConfig) -> int:
-    assert m.patch_size
-    return (m.input_size[0] // m.patch_size) * (m.input_size[1] // m.patch_size)
-
-
 def forward_macs(config: Config) -> int:
     """MACs of one forward pass on one latent, for a resolved config."""
     m = config.model
     assert m.patch_size and m.hidden_size and m.depth
-    n, d, hidden = _tokens(m), m.hidden_size, int(m.hidden_size * m.mlp_ratio)
+    n, d, hidden = m.num_tokens, m.hidden_size, int(m.hidden_size * m.mlp_ratio)
     conditions = 2 if m.num_classes > 0 else 1
     t = n + (conditions if m.conditioning == "in_context" else 0)
     block = t * (4 * d * d + 2 * d * hidden) + 2 * t * t * d
@@ -98,7 +93,7 @@ def activation_bytes_per_image(config: Config) -> int:
     """
     m = config.model
     assert m.hidden_size and m.depth and m.num_heads
-    n, width = _tokens(m), 2 if m.dtype == "bfloat16" else 4
+    n, width = m.num_tokens, 2 if m.dtype == "bfloat16" else 4
     kept = m.depth * _SAVED[m.remat] * n * m.hidden_size * width
     if m.attention == "einsum" and m.remat == "none":
         kept += m.depth * m.num_heads * n * n * (4 + width)

@@ -19,15 +19,20 @@ from dit_jax.models.embeddings import Linear
 Array = jax.Array
 
 
-def resolve_attention(kernel: str, dtype: Any) -> str:
-    """The kernel that "auto" stands for on the default backend: cudnn on a GPU in bfloat16, tokens_last on a TPU,
-    else einsum."""
+TOKENS_LAST = ("tokens_last", "tokens_last_by_head")
+
+
+def resolve_attention(kernel: str, dtype: Any, num_tokens: int, device: Any = None) -> str:
+    """The kernel that "auto" stands for on `device`, by default the first of the default backend: cudnn on a GPU in
+    bfloat16, tokens_last on a TPU (by head where the tokens are many), else einsum."""
     if kernel != "auto":
         return kernel
-    backend = jax.default_backend()
-    if backend in ("gpu", "cuda") and jnp.dtype(dtype) == jnp.bfloat16:
+    device = device or jax.devices()[0]
+    if device.platform in ("gpu", "cuda") and jnp.dtype(dtype) == jnp.bfloat16:
         return "cudnn"
-    return "tokens_last" if backend == "tpu" else "einsum"
+    if device.platform == "tpu":
+        return TOKENS_LAST[num_tokens > tokens_last.all_heads_up_to(device.device_kind)]
+    return "einsum"
 
 
 def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
@@ -63,9 +68,9 @@ class SelfAttention(nn.Module):
             Linear, dtype=self.dtype, quantization=self.quantization, as_matrix=not self.heads_split
         )
         project_out = linear((d,), in_axes=2, name="proj")
-        if self.kernel == "tokens_last":
+        if self.kernel in TOKENS_LAST:
             q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.dtype, name="qkv")(x)
-            by_head = x.shape[1] > tokens_last.LONG and not self.heads_split
+            by_head = self.kernel == "tokens_last_by_head" and not self.heads_split
             return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
         qkv = linear((3, *heads), name="qkv")(x)  # (B, N, 3, H, K)
         out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)

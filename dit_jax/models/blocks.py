@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dit_jax.models.attention import CrossAttention, SelfAttention
+from dit_jax.models.attention import TOKENS_LAST, CrossAttention, SelfAttention
 from dit_jax.models.embeddings import Linear
 from dit_jax.models.fused_norm import gate_residual_modulate
 from dit_jax.models.norms import AffineNorm, add_gated, modulate
@@ -104,7 +104,7 @@ class Block(nn.Module):
         attention = SelfAttention(
             self.num_heads, self.attention, self.dtype, heads_split, self.quantization, name="attn"
         )
-        flatten = self.attention != "tokens_last"
+        flatten = self.attention not in TOKENS_LAST
         mlp = Mlp(self.mlp_hidden, self.dtype, flatten, self.quantization, name="mlp")
         if modulation is None:
             x = x + attention(AffineNorm(self.dtype, name="norm1")(x))

@@ -9,6 +9,7 @@ product outside the loop: they depend on the conditioning vector alone.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -176,7 +177,7 @@ class DiT(nn.Module):
             num_heads=self.num_heads,
             mlp_hidden=int(self.hidden_size * self.mlp_ratio),
             conditioning=self.conditioning,
-            attention=resolve_attention(self.attention, self.dtype),
+            attention=resolve_attention(self.attention, self.dtype, math.prod(self.grid_size)),
             dtype=self.dtype,
             quantization=self.quantization,
             norm_kernel=self.norm_kernel,

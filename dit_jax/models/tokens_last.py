@@ -22,15 +22,20 @@ from jax.ad_checkpoint import checkpoint_name
 from dit_jax.models.embeddings import xavier_uniform_fused
 
 Array = jax.Array
-LONG = 512  # tokens above which one head at a time is faster
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
+
+
+def all_heads_up_to(device_kind: str) -> int:
+    """Tokens up to which all heads at once are faster than one after the other, on TPUs of jax's `device_kind`."""
+    return 1024 if device_kind in ("TPU v5", "TPU v5p") else 512
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
 
-    by_head: one head at a time, whose logits stay on the chip where those of all heads would go to memory and back.
+    by_head: one head at a time, whose logits stay on the chip where those of all heads would go to memory and back:
+    faster with many tokens, by the compilers' estimates from `all_heads_up_to` on.
     """
     return _attend_forward(q, k, v, by_head)[0]
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax import flops
 from dit_jax.config import Config, ConfigError
+from dit_jax.models.attention import resolve_attention
 from dit_jax.training import hlo
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 from dit_jax.training.program import abstract_batch, build_program
@@ -172,7 +173,7 @@ def compile_training(config: Config, topology: str) -> Report:
     Raises DoesNotFitError, with advice, when a chip has too little memory, and ConfigError as training would.
     """
     chip, devices = topology_devices(topology)
-    config = _for_tpu(config)
+    config = _for_tpu(config, devices[0])
     mesh = make_mesh(config.mesh, devices)
     program = build_program(config, mesh, scaling_factor=1.0, shift_factor=0.0)
     batch = abstract_batch(config, mesh)
@@ -205,7 +206,7 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
     from dit_jax.models.dit import build_model
 
     chip, devices = topology_devices(topology)
-    config = _for_tpu(config)
+    config = _for_tpu(config, devices[0])
     mesh = Mesh(np.array(devices), ("data",))
     batch_size += -batch_size % mesh.size
     model = build_model(config)
@@ -228,13 +229,13 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
     )
 
 
-def _for_tpu(config: Config) -> Config:
-    """The config with what "auto" means on a TPU; ConfigError where it asks for a GPU's kernel."""
+def _for_tpu(config: Config, device: Any) -> Config:
+    """The config with what "auto" means on this TPU; ConfigError where it asks for a GPU's kernel."""
     if config.model.norm_kernel == "pallas":
         raise ConfigError("--model.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for")
-    if config.model.attention != "auto":
-        return config
-    return replace(config, model=replace(config.model, attention="tokens_last"))
+    m = config.model
+    attention: Any = resolve_attention(m.attention, m.dtype, m.num_tokens, device)
+    return replace(config, model=replace(m, attention=attention))
 
 
 def training_advice(config: Config, images: int) -> str:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
-from dit_jax.models.attention import resolve_attention
+from dit_jax.models.attention import TOKENS_LAST, resolve_attention
 from dit_jax.models.dit import DiT, build_model
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.sharding import batch_sharding, check_batch, replicated, state_shardings
@@ -77,9 +77,10 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     attention kernel leaves nothing to quantize.
     """
     m = config.model
-    if m.quantization == "fp8" and resolve_attention(m.attention, m.dtype) == "tokens_last":
+    attention = resolve_attention(m.attention, m.dtype, m.num_tokens)
+    if m.quantization == "fp8" and attention in TOKENS_LAST:
         raise ConfigError(
-            "--model.quantization is fp8 with attention tokens_last (on a TPU what auto means), which has "
+            f"--model.quantization is fp8 with attention {attention} (on a TPU what auto means), which has "
             "products of its own; expected none, or --model.attention einsum, xla or cudnn"
         )
     microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)

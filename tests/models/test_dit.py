@@ -1,6 +1,7 @@
 """The network: shapes, published numbers, initialisation, and what must not change the result."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dit_jax import DiT
 from dit_jax.config import ConfigError
 from dit_jax.interop.official import params_from_state_dict
 from dit_jax.models import tokens_last
+from dit_jax.models.attention import resolve_attention
 from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
 from dit_jax.models.norms import normalize
 
@@ -142,13 +144,31 @@ def test_bfloat16_compute_stays_near_float32_with_float32_parameters(conditionin
     assert 1e-5 < error < 0.03  # bfloat16 was used, and harms little
 
 
-@pytest.mark.parametrize("kernel", ["xla", "tokens_last"])
+@pytest.mark.parametrize("kernel", ["xla", "tokens_last", "tokens_last_by_head"])
 def test_attention_kernels_agree(kernel):
     x, t, y = batch()
     params = random_params(DiT(**TINY))
     expected = DiT(**TINY, attention="einsum").apply({"params": params}, x, t, y)
     found = DiT(**TINY, attention=kernel).apply({"params": params}, x, t, y)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "dtype", "tokens", "kernel"),
+    [
+        ("cpu", "cpu", "bfloat16", 1024, "einsum"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 256, "cudnn"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "float32", 256, "einsum"),
+        ("tpu", "TPU v5 lite", "bfloat16", 256, "tokens_last"),
+        ("tpu", "TPU v5 lite", "bfloat16", 1024, "tokens_last_by_head"),
+        ("tpu", "TPU v5", "bfloat16", 1024, "tokens_last"),
+        ("tpu", "TPU v5", "bfloat16", 4096, "tokens_last_by_head"),
+    ],
+)
+def test_auto_attention_is_what_suits_the_device(platform, kind, dtype, tokens, kernel):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    assert resolve_attention("auto", dtype, tokens, device) == kernel
+    assert resolve_attention("xla", dtype, tokens, device) == "xla"
 
 
 @pytest.mark.parametrize("remat", ["none", "dots_attention"])
@@ -175,17 +195,17 @@ def test_attention_of_the_tpu_layout_holds_for_large_logits(by_head):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_one_head_at_a_time_changes_neither_output_nor_gradient(monkeypatch):
-    model, (x, t, y) = DiT(**TINY, attention="tokens_last", remat="dots_attention"), batch()
-    params = random_params(model)
+def test_one_head_at_a_time_changes_neither_output_nor_gradient():
+    x, t, y = batch()
+    params = random_params(DiT(**TINY))
 
-    def value_and_grad():
+    def value_and_grad(attention):
+        model = DiT(**TINY, attention=attention, remat="dots_attention")
         loss = lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))  # noqa: E731
         return str(jax.make_jaxpr(loss)(params)).count("scan["), jax.jit(jax.value_and_grad(loss))(params)
 
-    scans, expected = value_and_grad()
-    monkeypatch.setattr(tokens_last, "LONG", 8)  # the model has 24 tokens
-    more_scans, found = value_and_grad()
+    scans, expected = value_and_grad("tokens_last")
+    more_scans, found = value_and_grad("tokens_last_by_head")
     assert more_scans > scans
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 

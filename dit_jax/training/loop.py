@@ -50,11 +50,11 @@ def train(config: Config) -> TrainState:
     mesh = make_mesh(config.mesh)
     dataset = open_dataset(config)
     metadata = dataset.metadata
-    if jax.process_index() == 0:
-        check_folder("--train.workdir", workdir)
     program = build_program(
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor
     )
+    if jax.process_index() == 0:
+        check_folder("--train.workdir", workdir)
     meta = meta_of(config, dataset_fingerprint(metadata))
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(

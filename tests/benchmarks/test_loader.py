@@ -1,0 +1,70 @@
+"""The loader's benchmark: waiting is seen where there is some, and the script has its fields."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dit_jax.config import Config, ModelConfig, TrainConfig, resolve
+
+FOLDER = pathlib.Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def loader():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import loader
+
+        yield loader
+
+
+@pytest.mark.slow
+def test_waiting_for_slow_batches_is_seen(loader, tmp_path, monkeypatch):
+    dataset = loader.write_ours(tmp_path, 256)
+    model = ModelConfig(name="DiT-S/8", depth=1, hidden_size=32, num_heads=2)
+    config = resolve(Config(model=model, train=TrainConfig(batch_size=16)))
+    quick = loader.batches
+
+    def slow(*args):
+        with loader.contextlib.closing(quick(*args)) as stream:
+            for batch in stream:
+                time.sleep(0.2)
+                yield batch
+
+    monkeypatch.setattr(loader, "batches", slow)
+    found = loader.wait_share(config, dataset, 5)
+    assert found["wait_ms"] >= 200
+    assert 0.5 < found["device_wait_share"] <= found["loop_wait_share"] <= 1
+
+
+@pytest.mark.slow
+def test_rates_and_shares_are_written(tmp_path):
+    options = [
+        "--records",
+        600,
+        "--files",
+        200,
+        "--batch-size",
+        32,
+        "--rounds",
+        1,
+        "--seconds",
+        0.2,
+        "--steps",
+        1,
+    ]
+    command = [sys.executable, FOLDER / "loader.py", *options, "--out", tmp_path / "r.json"]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=FOLDER.parent)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert (
+        found["record_bytes"] == 4 * 32 * 32 * 2 * 2 * 2
+    )  # mean and std of image and mirror, two bytes each
+    rates = found["records_per_second"]
+    for name in ("streamed", "ram"):
+        assert found["ratio_to_peer"][name] == pytest.approx(rates[name] / rates["peer"])
+    for run in ("digits", "synthetic"):
+        assert 0 <= found[run]["device_wait_share"] <= found[run]["loop_wait_share"] < 1

@@ -20,14 +20,14 @@ stopped=
 child=
 # A stop is passed on: the run saves and ends with code 75, and is not started again.
 pass_stop_on() { [[ -z $stopped || -z $child ]] || kill -TERM "$child" 2>/dev/null || true; }
-trap 'stopped=1; pass_stop_on' TERM INT
+trap 'stopped=1 interrupted=1; pass_stop_on' TERM INT
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     "$PYTHON" train.py "$@" &
     child=$!
     pass_stop_on  # one that came between the two lines above
-    status=0
-    wait "$child" || status=$?
-    while kill -0 "$child" 2>/dev/null; do  # a signal ends "wait" before the run has saved
+    interrupted=1
+    while [[ -n $interrupted ]]; do  # a signal ends "wait" early; bash remembers the code of a run that has ended
+        interrupted=
         status=0
         wait "$child" || status=$?
     done

@@ -174,3 +174,11 @@ def test_a_stop_is_passed_on_however_early_it_comes(tmp_path):
     put(tmp_path, "python", "trap 'exit 75' TERM; kill -TERM $PPID; while :; do sleep 0.02; done")
     for _ in range(30):  # it sometimes arrives before the script has noted whom to pass it on to
         assert run("single_node_gpu.sh", tmp_path, PYTHON="python").returncode == 75
+
+
+def test_the_code_of_a_run_that_stops_at_once_is_not_lost(tmp_path):
+    put(tmp_path, "python", "trap 'exit 75' TERM; sleep 0.05; kill -TERM $PPID; while :; do sleep 0.02; done")
+    # A machine so busy that the run has ended before the script, which the signal woke, goes on.
+    slow = '() { builtin wait "$@"; local status=$?; sleep 0.3; return $status; }'
+    done = run("single_node_gpu.sh", tmp_path, PYTHON="python", **{"BASH_FUNC_wait%%": slow})
+    assert done.returncode == 75

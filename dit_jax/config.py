@@ -114,8 +114,8 @@ class DataConfig:
     workers: int = 0
     """Threads that read ahead (0: chosen by the machine)."""
     vae: str = ""
-    """Autoencoder that the dataset must have been encoded by: a diffusers folder, a hub id or `digits` (empty:
-    any; sampling uses the one that the dataset names)."""
+    """Autoencoder that the dataset must have been encoded by, and that decodes the samples of a run: a diffusers
+    folder, a hub id or `digits` (empty: the one that the dataset names)."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +291,18 @@ def _check_values(config: Config) -> None:
         m.norm_kernel == "xla" or m.conditioning in ("adaln", "adaln_zero"),
         "model.norm_kernel", m.norm_kernel, f"xla, because --model.conditioning is {m.conditioning}",
     )  # fmt: skip
+    least = 21 if config.diffusion.schedule == "linear" else 2  # linear betas reach 1 with fewer
+    timesteps = config.diffusion.num_timesteps
+    _require(
+        timesteps >= least,
+        "diffusion.num_timesteps", timesteps,
+        f"at least {least} for --diffusion.schedule {config.diffusion.schedule}",
+    )  # fmt: skip
+    _require(
+        config.train.sample_every == 0 or 2 <= config.train.sample_steps <= timesteps,
+        "train.sample_steps", config.train.sample_steps, f"2 to {timesteps}, the timesteps of training",
+    )  # fmt: skip
+    _require(config.train.seed < 2**31, "train.seed", config.train.seed, f"at most {2**31 - 1}")
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _require(
         axes.count(-1) <= 1 and all(a is None or a == -1 or a > 0 for a in axes),

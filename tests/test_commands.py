@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_in_one_line(workdir, tmp_path):
         assert not any("Traceback" in line for line in lines)
         return lines[-1]
 
-    assert "--steps is 5000; expected 1 to 1000" in error("sample.py", "--workdir", workdir, "--steps", 5000)
+    assert "--steps is 5000; expected 2 to 1000" in error("sample.py", "--workdir", workdir, "--steps", 5000)
     assert "--labels names 'cat'" in error("sample.py", "--workdir", workdir, "--labels", "cat")
     assert "--step is 5; " in error("sample.py", "--workdir", workdir, "--step", 5)
     assert "has no config.json" in error("sample.py", "--workdir", tmp_path)

@@ -63,6 +63,29 @@ def test_contradictions_are_refused(options, message):
         c.resolve(c.Config(model=c.ModelConfig(**options)))
 
 
+@pytest.mark.parametrize(
+    ("diffusion", "train", "message"),
+    [
+        ({"num_timesteps": 20}, {"sample_every": 0}, "--diffusion.num-timesteps is 20; expected at least 21"),
+        (
+            {"num_timesteps": 1, "schedule": "squaredcos_cap_v2"},
+            {},
+            "num-timesteps is 1; expected at least 2",
+        ),
+        (
+            {"num_timesteps": 40},
+            {},
+            "--train.sample-steps is 50; expected 2 to 40, the timesteps of training",
+        ),
+        ({}, {"sample_steps": 1}, "--train.sample-steps is 1; expected 2 to 1000"),
+        ({}, {"seed": 2**31}, "--train.seed is 2147483648; expected at most 2147483647"),
+    ],
+)
+def test_what_a_run_would_find_out_too_late_is_refused(diffusion, train, message):
+    with pytest.raises(c.ConfigError, match=message):
+        c.resolve(c.Config(diffusion=c.DiffusionConfig(**diffusion), train=c.TrainConfig(**train)))
+
+
 def test_unknown_options_and_wrong_types_stop_the_command(recipe, capsys):
     for args, words in (
         (["--model.dept", "3"], "--model.dept"),

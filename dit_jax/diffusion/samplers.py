@@ -99,7 +99,7 @@ def ddim_step(
 
     eta: 0 is deterministic, 1 has the variance of DDPM with fixed_small.
     """
-    sigma, direction = _ddim_tables(diffusion, eta)
+    sigma, direction = ddim_tables(diffusion, eta)
     p = diffusion.p_mean_variance(model_output, x_t, t, clip_denoised)
     eps = diffusion.predict_eps(p.pred_xstart, x_t, t)
     signal = diffusion.at(np.sqrt(diffusion.alphas_cumprod_prev), t, x_t)
@@ -111,12 +111,15 @@ def ddim_step(
     return mean + diffusion.at(sigma, t, x_t) * noise
 
 
-def _ddim_tables(diffusion: GaussianDiffusion, eta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Standard deviation of the noise and weight of the predicted noise at each step, (T,) float64."""
+def ddim_tables(diffusion: GaussianDiffusion, eta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Standard deviation of the noise and weight of the predicted noise at each step, (T,) float64.
+
+    Raises ValueError for an eta below 0, or with which a step would add more noise than it leaves.
+    """
     ac, prev = diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     sigma = eta * np.sqrt((1 - prev) / (1 - ac) * (1 - ac / prev))
     left = 1 - prev - sigma**2
-    if eta < 0 or left.min() < -1e-12:
+    if not (eta >= 0 and left.min() >= -1e-12):
         raise ValueError(
             f"eta is {eta}; expected 0 or more, and no step to add more noise than it leaves (1 always fits)"
         )

@@ -17,7 +17,13 @@ from dit_jax.config import Config, ConfigError, from_json, load, resolve
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.samples import save_samples
 from dit_jax.files import check_file
-from dit_jax.generation.sampling import SamplingOptions, check_sampling, generate_images, load_decoder
+from dit_jax.generation.sampling import (
+    SamplingOptions,
+    check_sampling,
+    generate_images,
+    load_decoder,
+    sampling_model,
+)
 from dit_jax.models.dit import build_model
 from dit_jax.pictures import save_grid
 from dit_jax.training.weights import load_weights
@@ -94,7 +100,7 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
 def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:
     """Class numbers of labels given by number or name; all classes for an empty list.
 
-    Raises ConfigError for a name that the dataset does not have.
+    Raises ConfigError for a name that the dataset does not have, or a number that is no class.
     """
     if not names:
         return np.arange(max(num_classes, 1), dtype=np.int32)
@@ -102,8 +108,10 @@ def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes:
     for name in names:
         if name in label_names:
             numbers.append(list(label_names).index(name))
-        elif name.isdigit():
+        elif name.isdecimal():
             numbers.append(int(name))
+            if numbers[-1] >= max(num_classes, 1):
+                raise ConfigError(f"--labels names class {name}; expected 0 to {max(num_classes, 1) - 1}")
         else:
             known = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
             raise ConfigError(
@@ -116,6 +124,8 @@ def main(args: SampleArgs) -> int:
     """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
     if args.num_samples < 1 or args.batch_size < 1 or args.grid_count < 1:
         raise ConfigError("--num-samples, --batch-size and --grid-count are expected to be above 0")
+    if not 0 <= args.seed < 2**31:
+        raise ConfigError(f"--seed is {args.seed}; expected 0 to {2**31 - 1}")
     options = SamplingOptions(
         args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta
     )
@@ -126,7 +136,7 @@ def main(args: SampleArgs) -> int:
             f"--config is {args.config}; expected only with --compile-for: a --workdir has its own"
         )
     run = load_run(args.workdir)
-    config, model = run.config, build_model(run.config)
+    config, model = run.config, sampling_model(run.config)
     classes = label_numbers(args.labels, run.metadata.label_names, model.num_classes)
     labels = np.resize(classes, args.num_samples)
     check_sampling(model, config, options, labels)

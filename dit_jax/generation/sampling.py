@@ -9,6 +9,7 @@ Letters: B samples in a batch, N samples in all, H and W latent sides, C latent 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,9 @@ from dit_jax.config import Config, ConfigError
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.guidance import classifier_free_guidance
-from dit_jax.diffusion.samplers import sample_ddim, sample_ddpm, sample_keys, start_noise
+from dit_jax.diffusion.samplers import ddim_tables, sample_ddim, sample_ddpm, sample_keys, start_noise
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
-from dit_jax.models.dit import DiT
+from dit_jax.models.dit import DiT, build_model
 from dit_jax.pictures import save_grid, to_uint8
 
 Array = jax.Array
@@ -45,6 +46,15 @@ class SamplingOptions:
     channels: Literal["all"] | int = "all"
     interval: tuple[float, float] | None = None
     eta: float = 0.0
+
+
+def sampling_model(config: Config) -> DiT:
+    """The network of a resolved config with kernels that this machine has: it may not be the one that trained."""
+    m = config.model
+    return build_model(config).clone(
+        attention="auto" if m.attention == "cudnn" else m.attention,
+        norm_kernel=m.norm_kernel if jax.default_backend() == "gpu" else "xla",
+    )
 
 
 def batch_axes(mesh: Mesh) -> PartitionSpec:
@@ -152,14 +162,25 @@ def generate_images(
 def check_sampling(model: DiT, config: Config, options: SamplingOptions, labels: np.ndarray) -> None:
     """Raises ConfigError where options or labels do not fit the model or the process."""
     last = config.diffusion.num_timesteps
-    if not 1 <= options.steps <= last:
-        raise ConfigError(f"--steps is {options.steps}; expected 1 to {last}, the timesteps of training")
+    if not 2 <= options.steps <= last:
+        raise ConfigError(f"--steps is {options.steps}; expected 2 to {last}, the timesteps of training")
     if len(labels) == 0:
         raise ConfigError("--num-samples is 0; expected a number above 0")
     highest = max(model.num_classes - 1, 0)
     if labels.min() < 0 or labels.max() > highest:
         bad = labels[(labels < 0) | (labels > highest)][0]
         raise ConfigError(f"--labels names class {bad}; expected 0 to {highest}")
+    if not math.isfinite(options.cfg_scale):
+        raise ConfigError(f"--cfg-scale is {options.cfg_scale}; expected a finite number")
+    if options.channels != "all" and not 1 <= options.channels <= model.in_channels:
+        raise ConfigError(f"--cfg-channels is {options.channels}; expected all, or 1 to {model.in_channels}")
+    if options.interval is not None and not options.interval[0] <= options.interval[1]:
+        raise ConfigError(f"--cfg-interval is {options.interval}; expected the lowest timestep first")
+    if options.sampler == "ddim":
+        try:
+            ddim_tables(create_process(config.diffusion, str(options.steps)), options.eta)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
     if options.cfg_scale != 1.0 and (model.num_classes == 0 or model.class_dropout_prob == 0):
         raise ConfigError(
             f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"
@@ -172,19 +193,34 @@ def load_decoder(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The decoder of a dataset's latents; `vae` says where its autoencoder lies now, if it has moved.
 
-    Raises ConfigError for an autoencoder that has other weights than the one the dataset was encoded by.
+    Raises ConfigError for an autoencoder that cannot be read, or that has other weights than the one the dataset was
+    encoded by.
     """
     from dit_jax.interop.diffusers import load_autoencoder_kl, weights_hash
 
     place = vae or metadata.vae
-    found = weights_hash(place)
+    try:
+        found = weights_hash(place)
+        model, params = load_autoencoder_kl(place)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the dataset's autoencoder cannot be read: {error}") from None
     if found != metadata.vae_hash:
         raise ConfigError(
             f"the autoencoder {place} has weights {found[:12]}; the latents were encoded by {metadata.vae} "
             f"with weights {metadata.vae_hash[:12]}"
         )
-    model, params = load_autoencoder_kl(place)
     return make_decoder(model, params, metadata.scaling_factor, metadata.shift_factor)
+
+
+def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:
+    """Raises ConfigError, before a run starts, where its grids of samples could not be decoded."""
+    try:
+        load_decoder(metadata, config.data.vae or None)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--train.sample-every is {config.train.sample_every}, but {error}; expected 0, or --data.vae, where the "
+            "autoencoder lies"
+        ) from None
 
 
 def write_sample_grid(
@@ -201,7 +237,7 @@ def write_sample_grid(
     guided = model.num_classes > 0 and model.class_dropout_prob > 0
     options = SamplingOptions(steps=t.sample_steps, cfg_scale=t.sample_cfg_scale if guided else 1.0)
     labels = np.arange(t.sample_count) % max(model.num_classes, 1)
-    decoder = load_decoder(metadata) if jax.process_index() == 0 else None
+    decoder = load_decoder(metadata, config.data.vae or None) if jax.process_index() == 0 else None
     images = generate_images(model, params, config, options, labels, decoder, mesh, t.seed)
     if decoder is not None:
         save_grid(path, images)

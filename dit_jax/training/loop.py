@@ -54,6 +54,10 @@ def train(config: Config) -> TrainState:
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor
     )
     if jax.process_index() == 0:
+        if config.train.sample_every:
+            from dit_jax.generation import check_sample_grids
+
+            check_sample_grids(config, metadata)
         check_folder("--train.workdir", workdir)
     meta = meta_of(config, dataset_fingerprint(metadata))
     with contextlib.ExitStack() as stack:

@@ -1,5 +1,8 @@
 """Samples are a function of (seed, index, label) alone, and bad requests are refused before any work."""
 
+import collections
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +15,10 @@ from dit_jax.generation.sampling import (
     SamplingOptions,
     check_sampling,
     generate_images,
+    load_decoder,
     make_decoder,
     make_latent_sampler,
+    sampling_model,
 )
 from dit_jax.interop.diffusers import load_autoencoder_kl
 from dit_jax.models.dit import build_model
@@ -102,8 +107,15 @@ def test_pictures_do_not_depend_on_the_batch_size(model_and_params):
 @pytest.mark.parametrize(
     ("options", "labels", "message"),
     [
-        ({"steps": 0}, [0], "--steps is 0; expected 1 to 100"),
-        ({"steps": 101}, [0], "--steps is 101; expected 1 to 100"),
+        ({"steps": 1}, [0], "--steps is 1; expected 2 to 100"),
+        ({"steps": 101}, [0], "--steps is 101; expected 2 to 100"),
+        ({"eta": -0.1}, [0], "--eta is -0.1; expected 0 or more"),
+        ({"eta": 30.0}, [0], "--eta is 30.0; expected 0 or more, and no step to add more"),
+        ({"eta": float("nan")}, [0], "--eta is nan"),
+        ({"channels": 0}, [0], "--cfg-channels is 0; expected all, or 1 to 4"),
+        ({"channels": 5}, [0], "--cfg-channels is 5; expected all, or 1 to 4"),
+        ({"interval": (700, 100)}, [0], r"--cfg-interval is \(700, 100\); expected the lowest"),
+        ({"cfg_scale": float("inf")}, [0], "--cfg-scale is inf; expected a finite number"),
         ({}, [0, 10], "--labels names class 10; expected 0 to 9"),
         ({}, [], "--num-samples is 0"),
     ],
@@ -128,3 +140,30 @@ def test_labels_go_by_number_or_name():
         ConfigError, match="--labels names 'cow'; expected a class number or one of: cat, dog, 7"
     ):
         label_numbers(["cow"], names, 3)
+    for name in ("3", "99999999999"):
+        with pytest.raises(ConfigError, match=f"--labels names class {name}; expected 0 to 2"):
+            label_numbers([name], names, 3)
+    with pytest.raises(ConfigError, match="--labels names '²'"):
+        label_numbers(["²"], names, 3)
+
+
+def test_a_run_trained_with_a_gpus_kernels_is_sampled_without_a_gpu(model_and_params):
+    trained = dataclasses.replace(CONFIG.model, attention="cudnn", norm_kernel="pallas", dtype="bfloat16")
+    plain = dataclasses.replace(CONFIG.model, dtype="bfloat16")
+    x, t = jnp.ones((1, 4, 4, 4)), jnp.ones(1, jnp.int32)
+    found, expected = (
+        sampling_model(dataclasses.replace(CONFIG, model=model)).apply(
+            {"params": model_and_params[1]}, x, t, t
+        )
+        for model in (trained, plain)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_autoencoder_out_of_reach_is_named(tmp_path):
+    metadata = collections.namedtuple("Metadata", "vae")(str(tmp_path / "moved"))
+    with pytest.raises(ConfigError, match=r"autoencoder cannot be read: .*moved' is not a folder"):
+        load_decoder(metadata)
+    (tmp_path / "moved").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be read: .*expected config\.json and"):
+        load_decoder(metadata)

@@ -55,6 +55,13 @@ def test_resume_is_exact_to_the_bit(config):
     assert [resumed[4], resumed[6]] == lines
 
 
+def test_an_autoencoder_out_of_reach_is_refused_before_a_run_that_draws_samples(config, tmp_path):
+    message = "--train.sample-every is 2, but the dataset's autoencoder cannot be read: .*; expected 0, or --data.vae"
+    with pytest.raises(ConfigError, match=message):
+        train(config(sample_every=2, sample_steps=3))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_leaves_its_files(config, tmp_path):
     c = config(steps=5, log_every=2, checkpoint_every=1, keep=2, milestone_every=2)
     train(c)

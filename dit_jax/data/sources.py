@@ -176,7 +176,7 @@ class FolderSource:
             raise DataError(
                 f"folder:{path} is not a folder; expected one with a subfolder of pictures per class"
             )
-        self.path, self.name = path, f"folder:{path.resolve().name}"
+        self.path, self.name = path, f"folder:{_readable(path.resolve().name)}"
         self.files = sorted(_pictures(path), key=os.fsencode)
         folders = [file.split("/")[0] for file in self.files if "/" in file]
         if not self.files:
@@ -188,32 +188,51 @@ class FolderSource:
                 f"folder:{path} has pictures in subfolders and {len(self.files) - len(folders)} beside them, such as "
                 f"{loose}; expected either a subfolder per class or no subfolders"
             )
-        self.label_names = tuple(sorted(set(folders), key=os.fsencode))
-        self.num_classes = len(self.label_names)
-        number = {name: index for index, name in enumerate(self.label_names)}
+        classes = sorted(set(folders), key=os.fsencode)
+        self.label_names = tuple(map(_readable, classes))
+        self.num_classes = len(classes)
+        number = {name: index for index, name in enumerate(classes)}
         self.labels = [number[folder] for folder in folders] or [0] * len(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        sizes = ((self.path / file).stat().st_size for file in self.files)
+        try:
+            sizes = [(self.path / file).stat().st_size for file in self.files]
+        except OSError as error:
+            raise _unreadable(error) from None
         return _sha256(os.fsencode(f"{file}\0{size}\0") for file, size in zip(self.files, sizes, strict=True))
 
     def id(self, index: int) -> str:
-        return self.files[index]
+        return _readable(self.files[index])
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         try:
             data = (self.path / self.files[index]).read_bytes()
         except OSError as error:  # the disk's trouble, not the picture's: never skipped
-            raise DataError(f"{self.path / self.files[index]} cannot be read: {error.strerror}") from None
+            raise _unreadable(error) from None
         return decode_rgb(data), self.labels[index]
 
 
+def _readable(name: str) -> str:
+    """A file's name as text that can be written and printed; bytes that are no UTF-8 become \\x escapes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _unreadable(error: OSError) -> DataError:
+    return DataError(f"{_readable(str(error.filename))} cannot be read: {error.strerror}")
+
+
 def _pictures(path: pathlib.Path) -> Iterable[str]:
-    for folder, subfolders, names in os.walk(path, followlinks=True):
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error)
+
+    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for link in (os.path.join(folder, name) for name in subfolders):
+            if os.path.islink(link) and pathlib.Path(folder).resolve().is_relative_to(os.path.realpath(link)):
+                raise DataError(f"{_readable(link)} is a link to a folder that it lies in; expected none")
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
                 yield os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")

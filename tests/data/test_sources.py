@@ -1,7 +1,10 @@
 """Sources of every kind, with the files that real folders hold; the crop."""
 
 import dataclasses
+import errno
 import io
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -59,8 +62,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bad_folder(folder, tmp_path_factory):
     """The same with two files that cannot be decoded."""
-    import shutil
-
     root = tmp_path_factory.mktemp("bad") / "pictures"
     shutil.copytree(folder, root)
     (root / "blue" / "broken.jpg").write_bytes(encoded(picture(), format="jpeg")[:300])
@@ -124,6 +125,48 @@ def test_folders_that_are_unclear_are_refused(tmp_path):
         (tmp_path / file).write_bytes(encoded(picture()))
     with pytest.raises(DataError, match=r"pictures in subfolders and 1 beside them, such as loose.png"):
         open_source(f"folder:{tmp_path}")
+
+
+def test_names_that_are_no_text_are_kept_readable(fake_encoder, tmp_path):
+    names = [b"caf\xe9", "日本".encode()]
+    for name in names:
+        os.makedirs(os.fsencode(tmp_path) + b"/pictures/" + name)
+        for file, data in ((b"x\xff.png", encoded(picture())), (b"bad\xff.png", b"")):
+            with open(os.path.join(os.fsencode(tmp_path), b"pictures", name, file), "wb") as out:
+                out.write(data)
+    source = open_source(f"folder:{tmp_path}/pictures")
+    prepare(source, fake_encoder(), tmp_path / "set", image_size=16, batch_size=1, skip_bad=True)
+    dataset = LatentDataset(tmp_path / "set")
+    assert dataset.metadata.label_names == (r"caf\xe9", "日本")
+    assert dataset.ids(range(2)) == [r"caf\xe9/x\xff.png", r"日本/x\xff.png"]
+    assert [name for name, _ in dataset.metadata.skipped] == [r"caf\xe9/bad\xff.png", r"日本/bad\xff.png"]
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_named(folder, fake_encoder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pictures")
+    (tmp_path / "pictures" / "again").symlink_to("red")  # another class of the same pictures
+    assert len(open_source(f"folder:{tmp_path}/pictures")) == len(FILES) + 4
+    dead = tmp_path / "pictures" / "red" / "dead.png"
+    dead.symlink_to("gone.png")
+    source = open_source(f"folder:{tmp_path}/pictures")
+    with pytest.raises(DataError, match=r"dead\.png cannot be read: No such file"):
+        prepare(source, fake_encoder(), tmp_path / "set", image_size=16, batch_size=1)
+    dead.unlink()
+    (tmp_path / "pictures" / "red" / "up").symlink_to("..")
+    with pytest.raises(DataError, match="/up is a link to a folder that it lies in"):
+        open_source(f"folder:{tmp_path}/pictures")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
+    def scandir(path):
+        if str(path).endswith("red"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return list_folder(path)
+
+    list_folder = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="red cannot be read: Permission denied"):
+        open_source(f"folder:{folder}")
 
 
 def test_a_picture_that_cannot_be_decoded_is_named(bad_folder, fake_encoder, tmp_path):

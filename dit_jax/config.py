@@ -75,6 +75,12 @@ class ModelConfig:
     """Unroll the loop over layers (longer compilation, sometimes faster steps). Parameters keep their layout."""
 
     @property
+    def head_dim(self) -> int:
+        """Channels of an attention head, of a resolved config."""
+        assert self.hidden_size and self.num_heads
+        return self.hidden_size // self.num_heads
+
+    @property
     def num_tokens(self) -> int:
         """Patches of a latent, of a resolved config."""
         assert self.patch_size

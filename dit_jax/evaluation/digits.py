@@ -37,7 +37,11 @@ def pixel_frechet(images: np.ndarray, split: digits.Split = "test") -> float:
 
 
 def report(images: np.ndarray, labels: np.ndarray) -> str:
-    """What the referee says of generated digits, beside real ones, as text."""
+    """What the referee says of generated digits, beside real ones, as text. Raises ConfigError for other samples."""
+    if len(images) < 2:
+        raise ConfigError(
+            f"the samples are {len(images)}; expected at least 2, a distance needs their covariance"
+        )
     if (
         images.shape[1:3] != (digits.SIZE, digits.SIZE)
         or labels.min() < 0

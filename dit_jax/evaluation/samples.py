@@ -6,6 +6,7 @@ Legend: N samples, H and W sides in pixels.
 from __future__ import annotations
 
 import os
+import zipfile
 
 import numpy as np
 
@@ -25,9 +26,12 @@ def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.nd
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
     try:
-        with np.load(path, allow_pickle=False) as found:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with found:
             images, labels = found["arr_0"], found["arr_1"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"--npz names {path}, which cannot be read ({error}); expected a file of sample.py"
         ) from None

@@ -22,17 +22,23 @@ Array = jax.Array
 TOKENS_LAST = ("tokens_last", "tokens_last_by_head")
 
 
-def resolve_attention(kernel: str, dtype: Any, num_tokens: int, device: Any = None) -> str:
+def resolve_attention(kernel: str, dtype: Any, num_tokens: int, head_dim: int, device: Any = None) -> str:
     """The kernel that "auto" stands for on `device`, by default the first of the default backend: cudnn on a GPU in
-    bfloat16, tokens_last on a TPU (by head where the tokens are many), else einsum."""
+    bfloat16 (where it takes heads of `head_dim` channels), tokens_last on a TPU (by head where the tokens are many),
+    else einsum."""
     if kernel != "auto":
         return kernel
     device = device or jax.devices()[0]
-    if device.platform in ("gpu", "cuda") and jnp.dtype(dtype) == jnp.bfloat16:
+    if device.platform in ("gpu", "cuda") and cudnn_serves(dtype, head_dim):
         return "cudnn"
     if device.platform == "tpu":
         return TOKENS_LAST[num_tokens > tokens_last.all_heads_up_to(device.device_kind)]
     return "einsum"
+
+
+def cudnn_serves(dtype: Any, head_dim: int) -> bool:
+    """Whether cuDNN's attention takes heads of this type and number of channels, on every GPU that has it."""
+    return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
 
 
 def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:

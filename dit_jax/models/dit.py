@@ -177,7 +177,9 @@ class DiT(nn.Module):
             num_heads=self.num_heads,
             mlp_hidden=int(self.hidden_size * self.mlp_ratio),
             conditioning=self.conditioning,
-            attention=resolve_attention(self.attention, self.dtype, math.prod(self.grid_size)),
+            attention=resolve_attention(
+                self.attention, self.dtype, math.prod(self.grid_size), self.hidden_size // self.num_heads
+            ),
             dtype=self.dtype,
             quantization=self.quantization,
             norm_kernel=self.norm_kernel,

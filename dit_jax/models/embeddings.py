@@ -156,4 +156,5 @@ class LabelEmbedder(nn.Module):
         """y (B,) int -> (B, D) float32."""
         rows = self.num_classes + int(self.with_null)
         table = self.param("embedding", nn.initializers.normal(0.02), (rows, self.hidden_size), jnp.float32)
-        return jnp.take(table, y, axis=0, mode="fill", fill_value=jnp.nan)
+        # Without the last option a negative label would count from the end of the table: -1 would be the null class.
+        return table.at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -234,7 +234,7 @@ def _for_tpu(config: Config, device: Any) -> Config:
     if config.model.norm_kernel == "pallas":
         raise ConfigError("--model.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for")
     m = config.model
-    attention: Any = resolve_attention(m.attention, m.dtype, m.num_tokens, device)
+    attention: Any = resolve_attention(m.attention, m.dtype, m.num_tokens, m.head_dim, device)
     return replace(config, model=replace(m, attention=attention))
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
-from dit_jax.models.attention import TOKENS_LAST, resolve_attention
+from dit_jax.models.attention import TOKENS_LAST, cudnn_serves, resolve_attention
 from dit_jax.models.dit import DiT, build_model
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.sharding import batch_sharding, check_batch, replicated, state_shardings
@@ -74,10 +74,15 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     """The program of a resolved config; the two factors are the autoencoder's.
 
     Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh, and when the
-    attention kernel leaves nothing to quantize.
+    attention kernel is not for this machine or leaves nothing to quantize.
     """
     m = config.model
-    attention = resolve_attention(m.attention, m.dtype, m.num_tokens)
+    attention = resolve_attention(m.attention, m.dtype, m.num_tokens, m.head_dim)
+    if attention == "cudnn" and not (jax.default_backend() == "gpu" and cudnn_serves(m.dtype, m.head_dim)):
+        raise ConfigError(
+            f"--model.attention is cudnn on a {jax.default_backend()} in {m.dtype} with {m.head_dim} channels a head"
+            "; expected a GPU, bfloat16 and a multiple of 8 channels up to 128, or --model.attention auto"
+        )
     if m.quantization == "fp8" and attention in TOKENS_LAST:
         raise ConfigError(
             f"--model.quantization is fp8 with attention {attention} (on a TPU what auto means), which has "

@@ -154,21 +154,23 @@ def test_attention_kernels_agree(kernel):
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind", "dtype", "tokens", "kernel"),
+    ("platform", "kind", "dtype", "tokens", "head_dim", "kernel"),
     [
-        ("cpu", "cpu", "bfloat16", 1024, "einsum"),
-        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 256, "cudnn"),
-        ("gpu", "NVIDIA H100 80GB HBM3", "float32", 256, "einsum"),
-        ("tpu", "TPU v5 lite", "bfloat16", 256, "tokens_last"),
-        ("tpu", "TPU v5 lite", "bfloat16", 1024, "tokens_last_by_head"),
-        ("tpu", "TPU v5", "bfloat16", 1024, "tokens_last"),
-        ("tpu", "TPU v5", "bfloat16", 4096, "tokens_last_by_head"),
+        ("cpu", "cpu", "bfloat16", 1024, 72, "einsum"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 256, 72, "cudnn"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 256, 36, "einsum"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "bfloat16", 256, 144, "einsum"),
+        ("gpu", "NVIDIA H100 80GB HBM3", "float32", 256, 72, "einsum"),
+        ("tpu", "TPU v5 lite", "bfloat16", 256, 72, "tokens_last"),
+        ("tpu", "TPU v5 lite", "bfloat16", 1024, 72, "tokens_last_by_head"),
+        ("tpu", "TPU v5", "bfloat16", 1024, 72, "tokens_last"),
+        ("tpu", "TPU v5", "bfloat16", 4096, 72, "tokens_last_by_head"),
     ],
 )
-def test_auto_attention_is_what_suits_the_device(platform, kind, dtype, tokens, kernel):
+def test_auto_attention_is_what_suits_the_device(platform, kind, dtype, tokens, head_dim, kernel):
     device = types.SimpleNamespace(platform=platform, device_kind=kind)
-    assert resolve_attention("auto", dtype, tokens, device) == kernel
-    assert resolve_attention("xla", dtype, tokens, device) == "xla"
+    assert resolve_attention("auto", dtype, tokens, head_dim, device) == kernel
+    assert resolve_attention("xla", dtype, tokens, head_dim, device) == "xla"
 
 
 @pytest.mark.parametrize("remat", ["none", "dots_attention"])
@@ -238,7 +240,8 @@ def test_a_label_outside_the_table_is_not_silently_another_class():
     x, t, _ = batch()
     params = random_params(model)
     assert np.all(np.isfinite(model.apply({"params": params}, x, t, jnp.full(3, 5))))  # the null class
-    assert np.all(np.isnan(model.apply({"params": params}, x, t, jnp.full(3, 6))))
+    for outside in (6, -1):
+        assert np.all(np.isnan(model.apply({"params": params}, x, t, jnp.full(3, outside))))
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_what_it_cannot_serve_is_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'cuda'; expected xla or pallas"):
         fused_norm.check_norm_kernel("cuda", "adaln")
     with pytest.raises(ConfigError, match="expected xla with --compile-for"):
-        compile_for._for_tpu(Config(model=TINY))
+        compile_for._for_tpu(Config(model=TINY), device=None)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(ConfigError, match="for GPUs"):
         fused_norm.check_norm_kernel("pallas", "adaln_zero")

@@ -1,0 +1,42 @@
+"""Files of samples: back and forth, and what is no such file."""
+
+import numpy as np
+import pytest
+
+from dit_jax.config import ConfigError
+from dit_jax.evaluation.digits import report
+from dit_jax.evaluation.samples import load_samples, save_samples
+
+IMAGES, LABELS = (
+    np.arange(2 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 32, 32, 3),
+    np.arange(2),
+)
+
+
+def test_round_trip(tmp_path):
+    save_samples(tmp_path / "s.npz", IMAGES, LABELS)
+    images, labels = load_samples(tmp_path / "s.npz")
+    np.testing.assert_array_equal(images, IMAGES)
+    np.testing.assert_array_equal(labels, LABELS)
+
+
+def test_what_is_no_file_of_samples_is_named(tmp_path):
+    save_samples(tmp_path / "whole.npz", IMAGES, LABELS)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for name, content in (("cut", whole[:500]), ("empty", b""), ("text", b"nothing"), ("missing", None)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=f"--npz names .*{name}, which cannot be read"):
+            load_samples(tmp_path / name)
+    np.save(tmp_path / "one.npy", IMAGES)
+    with pytest.raises(ConfigError, match=r"which cannot be read \(it holds a single array\)"):
+        load_samples(tmp_path / "one.npy")
+    save_samples(tmp_path / "float.npz", IMAGES / 255.0, LABELS)
+    with pytest.raises(ConfigError, match=r"arr_0 \(2, 32, 32, 3\) float64 .*; expected images .* uint8"):
+        load_samples(tmp_path / "float.npz")
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_distance_needs_two_samples(count):
+    with pytest.raises(ConfigError, match=f"the samples are {count}; expected at least 2"):
+        report(IMAGES[:count], LABELS[:count])

@@ -197,6 +197,6 @@ def test_options_that_cannot_work_are_refused():
     config = resolve(Config(model=ModelConfig(**sizes, quantization="fp8", attention="tokens_last")))
     with pytest.raises(ConfigError, match="quantization is fp8 with attention tokens_last"):
         build_program(config, make_mesh(MeshConfig()), scaling_factor=1.0, shift_factor=0.0)
-    config = Config(model=ModelConfig(**sizes, attention="cudnn"))
+    config = resolve(Config(model=ModelConfig(**sizes, attention="cudnn")))
     with pytest.raises(ConfigError, match="attention is cudnn on a cpu in float32 with 8 channels a head"):
         build_program(config, make_mesh(MeshConfig()), scaling_factor=1.0, shift_factor=0.0)

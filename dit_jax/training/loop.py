@@ -31,6 +31,7 @@ from dit_jax.training.workdir import (
     check_meta,
     check_workdir,
     dataset_fingerprint,
+    hold,
     meta_of,
     write_description,
 )
@@ -61,6 +62,7 @@ def train(config: Config) -> TrainState:
         check_folder("--train.workdir", workdir)
     meta = meta_of(config, dataset_fingerprint(metadata))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(workdir))
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.train.keep, config.train.milestone_every)
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -84,6 +87,28 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
                 f"{path} cannot be read ({error}); remove it, the checkpoints hold their config too"
             ) from None
         check_same_run(config, saved, workdir)
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the workdir, by process 0, as long as the block runs: two runs would write over each other's files.
+
+    The system lets go of it when the process ends, however it ends. Raises ConfigError while another run holds it;
+    a file system without locks is left alone.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with (workdir / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    f"--train.workdir is {os.fspath(workdir)!r}, where another run is training; wait until it has "
+                    f"ended, or name another folder"
+                ) from None
+        yield
 
 
 def write_description(config: Config, metadata: LatentMetadata, workdir: pathlib.Path) -> None:

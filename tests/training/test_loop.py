@@ -1,6 +1,8 @@
 """The trainer from outside: what a run leaves on disk, and that a resumed run is the same run to the bit."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -94,6 +96,21 @@ def test_a_contradicting_config_is_refused(config, latents, tmp_path):
     (folder / "checksums.json").write_text(json.dumps(file_checksums(folder)))
     with pytest.raises(ConfigError, match="were trained on another dataset"):
         train(config(steps=2))
+
+
+def test_two_runs_do_not_train_in_one_folder(config, tmp_path):
+    c = config(steps=1)
+    (tmp_path / "run").mkdir()
+    code = "import pathlib, sys; from dit_jax.training.workdir import hold\n"
+    code += "with hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, tmp_path / "run"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=r"--train\.workdir is .*run', where another run is training"):
+            train(c)
+        assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+        other.kill()  # a killed run holds nothing
+    assert int(train(c).step) == 1
 
 
 def test_a_restored_run_fits_another_mesh(config):

@@ -157,4 +157,4 @@ class LabelEmbedder(nn.Module):
         rows = self.num_classes + int(self.with_null)
         table = self.param("embedding", nn.initializers.normal(0.02), (rows, self.hidden_size), jnp.float32)
         # Without the last option a negative label would count from the end of the table: -1 would be the null class.
-        return table.at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return jnp.asarray(table).at[y].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -26,10 +26,10 @@ def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.nd
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with found:
+        with open(path, "rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
             images, labels = found["arr_0"], found["arr_1"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(

@@ -76,6 +76,11 @@ def prepare(
         raise DataError(
             f"--image-size is {image_size}; expected a multiple of the VAE's factor {encoder.factor}"
         )
+    for option, value, least in (
+        ("--batch-size", batch_size, 1), ("--shard-size", shard_size, 1), ("--workers", workers, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise DataError(f"{option} is {value}; expected {least} or more")
     if len(source) == 0:
         raise DataError(f"{source.name} has no images; expected at least one")
     if not 0 <= process_index < process_count:

@@ -9,6 +9,8 @@ import hashlib
 import io
 import os
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -132,17 +134,18 @@ class ArraySource:
 def npz_source(path: pathlib.Path) -> ArraySource:
     """`images` (N, H, W, 3) or (N, H, W) uint8 of an .npz file, with `labels` (N,) and `label_names` if there."""
     try:
+        zipfile.ZipFile(path).close()  # np.load would take other files for arrays or pickles
         with np.load(path) as file:
             arrays = {name: file[name] for name in ("images", "labels", "label_names") if name in file.files}
             names = file.files
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"npz:{path} cannot be read: {error}") from None
     images, labels = arrays.get("images"), arrays.get("labels")
     if images is None:
         raise DataError(
             f"npz:{path} has the arrays {', '.join(names) or 'none'}; expected images, and labels if any"
         )
-    if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3:
+    if images.dtype != np.uint8 or images.shape[3:] not in ((), (3,)) or images.ndim < 3 or not images.size:
         raise DataError(
             f"npz:{path}: images have shape {images.shape} and type {images.dtype}; expected (N, H, W, 3) or "
             "(N, H, W) uint8"
@@ -156,7 +159,7 @@ def npz_source(path: pathlib.Path) -> ArraySource:
             f"npz:{path}: labels have shape {labels.shape} and type {labels.dtype}; expected {images.shape[:1]} "
             "integers from 0 on, one for each image"
         )
-    label_names = tuple(str(name) for name in arrays.get("label_names", ()))
+    label_names = tuple(map(str, np.ravel(arrays.get("label_names", ()))))
     if label_names and (labels is None or (labels.size and labels.max() >= len(label_names))):
         raise DataError(f"npz:{path}: {len(label_names)} label_names do not cover the labels")
     return ArraySource(f"npz:{path.name}", images, labels, label_names)

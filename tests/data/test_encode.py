@@ -149,6 +149,9 @@ def test_a_finished_dataset_is_left_alone(source, fake_encoder, dataset):
         ({"mirrors": False}, "with mirrors True, but this run has False"),
         ({"image_size": 18}, "--image-size is 18; expected a multiple of the VAE's factor 4"),
         ({"process_index": 1}, "--process-index is 1; expected 0 to 0"),
+        ({"batch_size": 0}, "--batch-size is 0; expected 1 or more"),
+        ({"shard_size": 0}, "--shard-size is 0; expected 1 or more"),
+        ({"workers": -1}, "--workers is -1; expected 0 or more"),
     ],
 )
 def test_contradictions_are_refused(source, fake_encoder, dataset, options, message):

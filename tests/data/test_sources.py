@@ -235,12 +235,30 @@ def test_an_npz_gives_images_and_labels(tmp_path):
             {"images": np.zeros((1, 4, 4), np.uint8), "labels": np.array([1]), "label_names": ["a"]},
             "1 label_names do not cover",
         ),
+        ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, r"shape \(0, 4, 4\)"),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.ones(2, int), "label_names": "a"},
+            "1 label_names do not cover",
+        ),
     ],
 )
 def test_an_npz_of_another_shape_is_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "set.npz", **arrays)
     with pytest.raises(DataError, match=message):
         open_source(f"npz:{tmp_path}/set.npz")
+
+
+@pytest.mark.parametrize("content", ["nothing", "text", "half", "one array"])
+def test_a_file_that_is_no_npz_is_refused(tmp_path, content):
+    file = tmp_path / "set.npz"
+    np.savez(file, images=np.zeros((3, 8, 8, 3), np.uint8))
+    if content == "one array":
+        with file.open("wb") as out:
+            np.save(out, np.zeros((3, 8, 8, 3), np.uint8))
+    else:
+        file.write_bytes({"nothing": b"", "text": b"hello", "half": file.read_bytes()[:300]}[content])
+    with pytest.raises(DataError, match=r"set\.npz cannot be read: File is not a zip file"):
+        open_source(f"npz:{file}")
 
 
 # ---------------------------------------------------------------------------------------------- TFDS

@@ -28,7 +28,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of our computation"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation, in both"
     )
     return parser.parse_args()
 
@@ -51,7 +51,8 @@ def make_peer(args: argparse.Namespace) -> Any:
 
 
 def main() -> None:
-    import torch
+    import torch_peer  # says how PyTorch's threads wait before they start
+    from torch_peer import torch
 
     args = options()
     peer = make_peer(args)
@@ -59,37 +60,42 @@ def main() -> None:
         peer.save_pretrained(folder)
         model, params = load_autoencoder_kl(folder)
     model = model.clone(dtype=jnp.dtype(args.dtype))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    peer.to(device)
+    peer.to(torch_peer.DEVICE)
     size = args.image_size
     images = np.random.default_rng(0).uniform(-1, 1, (args.batch_size, size, size, 3)).astype(np.float32)
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode")[0])  # the mean
     decode = jax.jit(lambda p, z: model.apply({"params": p}, z, method="decode"))
     params = jax.device_put(params)
-    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(device)
+    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(torch_peer.DEVICE)
 
     @torch.inference_mode()
-    def peer_encode() -> Any:
-        return peer.encode(tensor).latent_dist.mean
-
-    latents = peer_encode()
-    z = np.ascontiguousarray(latents.float().cpu().numpy().transpose(0, 2, 3, 1))
+    def peer_encode(images: Any) -> Any:
+        mean = peer.encode(images).latent_dist.mean
+        torch_peer.synchronize()
+        return mean
 
     @torch.inference_mode()
-    def peer_decode() -> Any:
-        return peer.decode(latents).sample
+    def peer_decode(latents: Any) -> Any:
+        decoded = peer.decode(latents).sample
+        torch_peer.synchronize()
+        return decoded
 
     def last(x: Any) -> np.ndarray:
-        return x.float().cpu().numpy().transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(x.cpu().numpy().transpose(0, 2, 3, 1))
 
-    limit = harness.TOLERANCE[args.dtype]
+    latents = peer_encode(tensor)
+    z, limit = last(latents), harness.TOLERANCE[args.dtype]
     errors = harness.check("encode", harness.relative_error(encode(params, images), z), limit)
-    errors |= harness.check("decode", harness.relative_error(decode(params, z), last(peer_decode())), limit)
+    decoded = last(peer_decode(latents))
+    errors |= harness.check("decode", harness.relative_error(decode(params, z), decoded), limit)
     placed, placed_z = jax.device_put(images), jax.device_put(z)
+    dtype = getattr(torch, args.dtype)  # compared in float32, timed in the same precision as ours
+    peer.to(dtype)
+    tensor, latents = tensor.to(dtype), latents.to(dtype)
     result = {}
     for name, ours_run, peer_run in (
-        ("encode", lambda: jax.block_until_ready(encode(params, placed)), lambda: peer_encode().cpu()),
-        ("decode", lambda: jax.block_until_ready(decode(params, placed_z)), lambda: peer_decode().cpu()),
+        ("encode", lambda: jax.block_until_ready(encode(params, placed)), lambda: peer_encode(tensor)),
+        ("decode", lambda: jax.block_until_ready(decode(params, placed_z)), lambda: peer_decode(latents)),
     ):
         times = harness.in_turns({"jax": ours_run, "diffusers": peer_run}, args.rounds)
         result[name] = harness.summary(times, args.batch_size)

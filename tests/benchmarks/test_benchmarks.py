@@ -80,7 +80,7 @@ def test_start_up_is_timed_without_and_with_kept_programs(tmp_path):
     for name in ("train", "sample"):
         start = found[name]
         assert start["warm_to_cold"] == pytest.approx(start["warm_s"] / start["cold_s"])
-        assert min(start["cold_s"], start["warm_s"]) > found["imports_s"] > 0
+        assert min(start["cold_s"], start["warm_s"], found["imports_s"]) > 0
 
 
 SMALL_VAE = ["--channels", "8", "16", "--layers", "1", "--image-size", "16", "--rounds", "2"]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from dit_jax.config import Config, ModelConfig, TrainConfig, resolve
@@ -32,13 +33,16 @@ def test_waiting_for_slow_batches_is_seen(loader, tmp_path, monkeypatch):
     def slow(*args):
         with loader.contextlib.closing(quick(*args)) as stream:
             for batch in stream:
+                jax.block_until_ready(
+                    jax.live_arrays()
+                )  # however busy the machine: the devices have no work left
                 time.sleep(0.2)
                 yield batch
 
     monkeypatch.setattr(loader, "batches", slow)
     found = loader.wait_share(config, dataset, 5)
     assert found["wait_ms"] >= 200
-    assert 0.5 < found["device_wait_share"] <= found["loop_wait_share"] <= 1
+    assert found["device_wait_share"] == found["loop_wait_share"] <= 1
 
 
 @pytest.mark.slow

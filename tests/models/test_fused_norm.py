@@ -107,7 +107,8 @@ def test_devices_work_on_their_own_images(axes):
     arguments = draw(8, 6, 36)
     split = jax.device_put(arguments, sharding)
     compiled = jax.jit(fused(sharding=sharding)).lower(*split).compile()
-    jax.tree.map(np.testing.assert_array_equal, compiled(*split), jax.jit(fused())(*arguments))
+    for a, b in zip(*map(jax.tree.leaves, (compiled(*split), jax.jit(fused())(*arguments))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * float(np.abs(b).max()))
     assert all(a.sharding.is_equivalent_to(sharding, a.ndim) for a in jax.tree.leaves(compiled(*split)))
     text = compiled.as_text()
     assert "all-gather" not in text and "all-reduce" not in text

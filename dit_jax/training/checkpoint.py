@@ -62,6 +62,7 @@ class Checkpoints:
             policies.append(keep_policy.EveryNSteps(milestone_every))
         self.directory = directory.absolute()
         self._saving: int | None = None
+        self._failure: Exception | None = None  # of the last save, where it did not even start
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=keep_policy.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
@@ -86,17 +87,22 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         arrays = {name: ocp.args.StandardSave(item) for name, item in _groups(state).items()}
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            self._report(error)
-        self._saving = step
+        self.settle()
+        self._saving, self._failure = step, None
         try:
             args = ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))
             return self._manager.save(step, args=args, metrics={"loss": loss}, force=True)
         except OSError as error:
+            self._failure = error
             self._report(error)
             return False
+
+    def settle(self) -> None:
+        """Return when no save is in progress; a failure is reported."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._report(error)
 
     def _report(self, error: Exception) -> None:
         say(f"checkpoint of step {self._saving} could not be written ({error}); the older ones stay")
@@ -113,6 +119,8 @@ class Checkpoints:
         """Return when the last save is on disk; raises CheckpointError when it could not be written."""
         try:
             self._manager.wait_until_finished()
+            if self._failure is not None:
+                raise self._failure
         except Exception as error:
             self._remove_unfinished()
             raise CheckpointError(

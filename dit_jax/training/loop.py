@@ -178,7 +178,7 @@ class Run:
 
     def last_good(self, failed: TrainState) -> TrainState:
         """The newest checkpoint, or the start, with data from after the step that failed."""
-        self.checkpoints.wait()
+        self.checkpoints.settle()
         state = self.checkpoints.restore(self.program.state) or first_state(self.config, self.program)
         offset = failed.step + failed.data_offset - state.step
         return dataclasses.replace(state, data_offset=jax.device_put(offset, state.data_offset.sharding))

@@ -161,6 +161,20 @@ def test_many_bad_updates_go_back_and_on_with_other_data(config, monkeypatch, ca
     same_bits(resumed, state)
 
 
+def test_a_failed_save_is_no_obstacle_to_going_back(config, monkeypatch, capsys):
+    poison(monkeypatch, {4, 5})
+    write = Checkpoints._write_checksums
+
+    def full_at_4(self):
+        if self._saving == 4:
+            raise OSError(28, "No space left on device")
+        write(self)
+
+    monkeypatch.setattr(Checkpoints, "_write_checksums", full_at_4)
+    assert int(train(config(steps=8, bad_steps=2)).step) == 8
+    assert "up to step 6 were not finite: going back to step 2" in capsys.readouterr().err
+
+
 def test_divergence_stops_with_the_reason(config, monkeypatch):
     poison(monkeypatch, set(range(3, 100)))
     with pytest.raises(
@@ -196,6 +210,18 @@ def test_a_failed_save_costs_no_older_checkpoint(six_steps, config, tmp_path, mo
     assert all(find_damage(checkpoints.directory / str(step)) == "" for step in checkpoints.steps())
     state = train(config(steps=12))
     same_bits(state, train(config("whole", steps=12)))
+
+
+def test_a_last_save_that_fails_at_once_ends_with_an_error(six_steps, config, tmp_path, monkeypatch, capsys):
+    shutil.copytree(six_steps[0], tmp_path / "run")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(CheckpointError, match=r"step 9 could not be written: .*No space left"):
+        train(config(steps=9))
+    assert "checkpoint of step 8 could not be written" in capsys.readouterr().err  # training went on
 
 
 def test_a_full_disk_stops_no_log(tmp_path, capsys):

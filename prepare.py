@@ -128,7 +128,7 @@ def inspect(args: Inspect) -> None:
 
 
 def main() -> int:
-    """Exit code 0 when done, 2 for a bad option, source or dataset."""
+    """Exit code 0 when done, 2 for a bad option, source or dataset, 130 when interrupted by Ctrl-C."""
     from dit_jax.config import ConfigError
 
     try:
@@ -139,6 +139,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -71,6 +72,7 @@ _worker: tuple[Source, int]
 def _start_worker(source: Source, size: int) -> None:
     global _worker
     _worker = (source, size)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends them
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

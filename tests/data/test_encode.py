@@ -1,11 +1,15 @@
 """Writing a dataset: contents, metadata, refusals."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
 
+from dit_jax.data.decode import decoded
 from dit_jax.data.encode import UNFINISHED, prepare
 from dit_jax.data.latents import LatentDataset
 from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, parse, serialize, tfds_features
@@ -94,6 +98,15 @@ def test_without_mirrors_and_in_float32(source, fake_encoder, moments_of, tmp_pa
 def test_workers_change_nothing(source, fake_encoder, dataset, tmp_path):
     prepare(source, fake_encoder(), tmp_path / "set", image_size=16, shard_size=16, batch_size=2, workers=2)
     assert contents(tmp_path / "set") == contents(dataset.directory)
+
+
+def test_workers_leave_an_interruption_to_their_parent(source):
+    """Ctrl-C goes to every process of a terminal: a dying worker would print its own traceback."""
+    with decoded(source, range(50), 8, workers=1) as examples:
+        first = next(examples)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGINT)
+        assert [first.id, *(example.id for example in examples)] == [str(i) for i in range(50)]
 
 
 def test_processes_change_nothing(source, fake_encoder, dataset, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
@@ -113,6 +114,18 @@ def test_a_bad_option_is_one_sentence_and_exit_code_two(tmp_path):
     assert process.returncode == 2
     assert output.strip().splitlines()[-1].startswith("prepare.py: folder:/no/such is not a folder")
     assert not (tmp_path / "set").exists()
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "prepare.py"))["main"]
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.__globals__, "prepare", interrupted)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", "digits", "--out", "nowhere"])
+    assert main() == 130
+    assert capsys.readouterr().err == "prepare.py: interrupted; the same command goes on\n"
 
 
 @pytest.mark.slow

@@ -234,6 +234,8 @@ def _for_tpu(config: Config, device: Any) -> Config:
     if config.model.norm_kernel == "pallas":
         raise ConfigError("--model.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for")
     m = config.model
+    if m.attention == "cudnn":
+        raise ConfigError("--model.attention is cudnn, a kernel for GPUs; expected auto with --compile-for")
     attention: Any = resolve_attention(m.attention, m.dtype, m.num_tokens, m.head_dim, device)
     return replace(config, model=replace(m, attention=attention))
 

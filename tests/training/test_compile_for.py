@@ -226,3 +226,9 @@ def test_both_ways_in_which_the_compiler_says_so_are_read(compiler, tiny, capsys
 def test_an_unknown_topology_is_an_error_that_names_it(compiler, topology):
     with pytest.raises(ConfigError, match=rf"--compile-for is '{topology}'.* expected a TPU .*v5e:16x16"):
         topology_devices(topology)
+
+
+def test_attention_of_a_gpu_is_refused(compiler, tiny):
+    config = tiny.config(model={"attention": "cudnn"})
+    with pytest.raises(ConfigError, match="attention is cudnn, a kernel for GPUs; expected auto"):
+        compile_sampling(config, SamplingOptions(), 4, "v5e:2x2")

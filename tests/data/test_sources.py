@@ -130,7 +130,10 @@ def test_folders_that_are_unclear_are_refused(tmp_path):
 def test_names_that_are_no_text_are_kept_readable(fake_encoder, tmp_path):
     names = [b"caf\xe9", "日本".encode()]
     for name in names:
-        os.makedirs(os.fsencode(tmp_path) + b"/pictures/" + name)
+        try:
+            os.makedirs(os.fsencode(tmp_path) + b"/pictures/" + name)
+        except OSError:
+            pytest.skip("needs a file system on which a name may be any bytes")
         for file, data in ((b"x\xff.png", encoded(picture())), (b"bad\xff.png", b"")):
             with open(os.path.join(os.fsencode(tmp_path), b"pictures", name, file), "wb") as out:
                 out.write(data)

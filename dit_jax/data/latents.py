@@ -174,7 +174,7 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
         )
     if config.data.mirror and not metadata.mirrors:
         raise ConfigError(
-            f"{where} holds no mirror images; set --no-data.mirror, or prepare it again with --mirrors"
+            f"{where} holds no mirror images; set --data.no-mirror, or prepare it again with --mirrors"
         )
     if config.data.vae:
         from dit_jax.interop.diffusers import weights_hash

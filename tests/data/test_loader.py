@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from dit_jax.config import Config, ConfigError, DataConfig, ModelConfig, parse_args, to_json
 from dit_jax.data import latents
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset, check_dataset, draw_latents, open_dataset
@@ -185,10 +186,14 @@ def test_open_dataset_refuses_another_vae(dataset, monkeypatch):
         open_dataset(config_for(dataset, vae="other"))
 
 
-def test_open_dataset_refuses_missing_mirrors(dataset):
+def test_open_dataset_refuses_missing_mirrors(dataset, tmp_path):
     metadata = dataclasses.replace(dataset.metadata, mirrors=False)
-    with pytest.raises(ConfigError, match=r"holds no mirror images; set --no-data.mirror"):
+    with pytest.raises(ConfigError, match=r"holds no mirror images; set --data.no-mirror") as refusal:
         check_dataset(metadata, config_for(dataset))
+    (option,) = re.findall(r"set (\S+),", str(refusal.value))
+    recipe = tmp_path / "config.json"
+    recipe.write_text(to_json(config_for(dataset)))
+    check_dataset(metadata, parse_args(["--config", str(recipe), option]))  # what it says helps
 
 
 def test_open_dataset_names_the_command_where_there_is_no_dataset(tmp_path):

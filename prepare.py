@@ -115,8 +115,11 @@ def inspect(args: Inspect) -> None:
     """Check the dataset, and draw it."""
     from dit_jax.data import inspection
     from dit_jax.data.latents import LatentDataset
+    from dit_jax.data.metadata import DataError
     from dit_jax.files import check_file
 
+    if args.count < 1:
+        raise DataError(f"--count is {args.count}; expected 1 or more")
     dataset = LatentDataset(args.dir)
     sheet = args.out or args.dir.with_name(f"{args.dir.name}.png")
     check_file("--out", sheet)

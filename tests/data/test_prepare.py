@@ -128,6 +128,13 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "prepare.py: interrupted; the same command goes on\n"
 
 
+def test_a_sheet_of_no_samples_is_refused(monkeypatch, capsys):
+    main = runpy.run_path(str(ROOT / "prepare.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "inspect", "nowhere", "--count", "0"])
+    assert main() == 2
+    assert capsys.readouterr().err == "prepare.py: --count is 0; expected 1 or more\n"
+
+
 @pytest.mark.slow
 def test_inspect_prints_checks_and_draws(reference, tmp_path):
     sheet = tmp_path / "sheet.png"

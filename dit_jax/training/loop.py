@@ -167,14 +167,17 @@ class Run:
         return state
 
     def sample(self, state: TrainState, step: int) -> None:
-        """Write the grid of samples of this step."""
+        """Write the grid of samples of this step; where that fails, training is not lost with it."""
         from dit_jax.generation import write_sample_grid
 
-        write_sample_grid(
-            self.workdir / "samples" / f"{step:07d}.png",
-            config=self.config, model=self.program.model, params=state.ema[0],
-            metadata=self.dataset.metadata, mesh=self.mesh,
-        )  # fmt: skip
+        try:
+            write_sample_grid(
+                self.workdir / "samples" / f"{step:07d}.png",
+                config=self.config, model=self.program.model, params=state.ema[0],
+                metadata=self.dataset.metadata, mesh=self.mesh,
+            )  # fmt: skip
+        except (OSError, FloatingPointError) as error:  # a full disk, values that are not finite
+            say(f"no grid of samples at step {step}: {error}")
 
     def last_good(self, failed: TrainState) -> TrainState:
         """The newest checkpoint, or the start, with data from after the step that failed."""

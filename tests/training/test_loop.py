@@ -64,6 +64,17 @@ def test_an_autoencoder_out_of_reach_is_refused_before_a_run_that_draws_samples(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("error", [OSError("no space left"), FloatingPointError("samples are not finite")])
+def test_samples_that_fail_do_not_end_a_run(config, monkeypatch, capsys, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("dit_jax.generation.check_sample_grids", lambda *args: None)
+    monkeypatch.setattr("dit_jax.generation.write_sample_grid", fail)
+    assert int(train(config(steps=2, sample_every=1, sample_steps=3)).step) == 2
+    assert f"no grid of samples at step 1: {error}" in "".join(capsys.readouterr())
+
+
 def test_a_run_leaves_its_files(config, tmp_path):
     c = config(steps=5, log_every=2, checkpoint_every=1, keep=2, milestone_every=2)
     train(c)

@@ -13,7 +13,7 @@ from dit_jax.training import launch
 
 def main() -> int:
     """Exit code 0: finished; 2: bad option; 3: diverged; 4: does not fit the chips of --compile-for; 75: stopped
-    by a signal, the same command goes on."""
+    by a signal, the same command goes on; 130: interrupted by Ctrl-C before the first step, or by a second one."""
     keep_compiled_programs()
     try:
         options, rest, launch_help = launch.parse_launch()
@@ -37,6 +37,9 @@ def main() -> int:
     except launch.TrainingDivergedError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return launch.EXIT_DIVERGED
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return launch.EXIT_INTERRUPTED
     return 0 if int(state.step) >= config.train.steps else launch.EXIT_STOPPED
 
 

@@ -22,6 +22,7 @@ EXIT_BAD_OPTION = 2
 EXIT_DIVERGED = 3
 EXIT_DOES_NOT_FIT = 4
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+EXIT_INTERRUPTED = 130  # as shells say of SIGINT
 
 
 class TrainingDivergedError(RuntimeError):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import signal
 import socket
 import subprocess
@@ -154,6 +155,20 @@ def test_dry_run_trains_nothing(config_file, tmp_path):
     ):
         assert part in output
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interruption_before_the_first_step_is_one_line(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dit_jax.memory.keep_freed_memory", lambda: False)  # this process keeps its malloc
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "keep_compiled_programs", lambda: None)
+    monkeypatch.setitem(main.__globals__, "parse_args", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert main() == launch.EXIT_INTERRUPTED
+    said = capsys.readouterr().err
+    assert said == "train.py: interrupted; the same command goes on from the last checkpoint\n"
 
 
 def test_launch_flags():

@@ -26,10 +26,24 @@ def start(config_file, *args, devices=4):
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax"), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), *args],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
     )  # fmt: skip
+    started.append(process)
+    return process
+
+
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    """A test that fails ends the runs that it started: some would go on for ever."""
+    yield
+    while started:
+        with started.pop() as process:
+            process.kill()
 
 
 def start_two(config_file):

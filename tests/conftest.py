@@ -14,6 +14,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", ".cache/jax")  # a second run of the tests compiles little
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.devices()  # now: a test may change the environment that they are made from, for the processes that it starts
 
 
 @pytest.fixture(scope="session")

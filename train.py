@@ -28,6 +28,7 @@ def main() -> int:
 
             print(describe_plan(config))
             return 0
+        launch.leave_when_stopped()
         from dit_jax.training.loop import train
 
         state = train(config)

@@ -135,6 +135,18 @@ def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_before_the_first_step_is_a_stop_too(config_file, tmp_path):
+    process = start(config_file("run", steps=10**6), devices=1)
+    end = time.monotonic() + 200
+    while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # while it looks for checkpoints and compiles
+    codes, (output,) = finish(process)
+    assert codes == [launch.EXIT_STOPPED], output
+    assert "asked to stop" in output and "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(config_file, tmp_path):
     processes = start_two(config_file("run", steps=10**6, log_every=5, checkpoint_every=10**6))
     wait_for_step(tmp_path / "run", 5)

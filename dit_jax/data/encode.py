@@ -72,21 +72,46 @@ def prepare(
     DataError for an image that cannot be decoded (unless skip_bad), for moments that are not finite in
     `dtype`, and where the folder holds a dataset of another recipe.
     """
-    if image_size <= 0 or image_size % encoder.factor:
-        raise DataError(
-            f"--image-size is {image_size}; expected a multiple of the VAE's factor {encoder.factor}"
-        )
     for option, value, least in (
         ("--batch-size", batch_size, 1), ("--shard-size", shard_size, 1), ("--workers", workers, 0),
     ):  # fmt: skip
         if value < least:
             raise DataError(f"{option} is {value}; expected {least} or more")
-    if len(source) == 0:
-        raise DataError(f"{source.name} has no images; expected at least one")
     if not 0 <= process_index < process_count:
         raise DataError(f"--process-index is {process_index}; expected 0 to {process_count - 1}")
+    plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size)
+    out = pathlib.Path(directory)
+    if (out / METADATA_FILE).is_file():
+        found = load_metadata(out)
+        _require_same(plan, recipe(found), out, "a finished dataset")
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a killed run may have left it
+        return found
+    _start(out, plan)
+    mine = [i for i in range(process_index, plan.num_shards, process_count) if not _is_whole(out, i, plan)]
+    _encode_shards(out, plan, mine, source, encoder, skip_bad, workers)
+    if all(_is_whole(out, i, plan) for i in range(plan.num_shards)):
+        return _finish(out, plan)
+    return load_metadata(out) if (out / METADATA_FILE).is_file() else None
+
+
+def _plan(
+    source: Source,
+    encoder: Encoder,
+    image_size: int,
+    mirrors: bool,
+    dtype: MomentsType,
+    shard_size: int,
+    batch_size: int,
+) -> LatentMetadata:
+    """The metadata of a dataset that is yet to be made."""
+    if image_size <= 0 or image_size % encoder.factor:
+        raise DataError(
+            f"--image-size is {image_size}; expected a multiple of the VAE's factor {encoder.factor}"
+        )
+    if len(source) == 0:
+        raise DataError(f"{source.name} has no images; expected at least one")
     side = image_size // encoder.factor
-    plan = LatentMetadata(
+    return LatentMetadata(
         source=source.name,
         source_hash=source.fingerprint(),
         source_count=len(source),
@@ -106,18 +131,6 @@ def prepare(
         shard_size=shard_size,
         batch_size=batch_size,
     )
-    out = pathlib.Path(directory)
-    if (out / METADATA_FILE).is_file():
-        found = load_metadata(out)
-        _require_same(plan, recipe(found), out, "a finished dataset")
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a killed run may have left it
-        return found
-    _start(out, plan)
-    mine = [i for i in range(process_index, plan.num_shards, process_count) if not _is_whole(out, i, plan)]
-    _encode_shards(out, plan, mine, source, encoder, skip_bad, workers)
-    if all(_is_whole(out, i, plan) for i in range(plan.num_shards)):
-        return _finish(out, plan)
-    return load_metadata(out) if (out / METADATA_FILE).is_file() else None
 
 
 # -------------------------------------------------------------------------------------- start, finish

@@ -126,6 +126,35 @@ def update_if(good: jax.Array, update: Callable[..., Any], old: tuple[Any, ...])
     return jax.lax.platform_dependent(*old, cpu=branch, tpu=branch, default=select)
 
 
+def make_split(mesh: Mesh | None) -> Callable[..., Any]:
+    """`(tree, axis=0) -> tree`, that axis of its arrays split over the mesh's batch axes; as it is with no mesh."""
+
+    def split(tree: Any, axis: int = 0) -> Any:
+        if mesh is None:
+            return tree
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+        return jax.lax.with_sharding_constraint(tree, sharding)
+
+    return split
+
+
+def make_draws(
+    config: Config, process: Any, scaling_factor: float, shift_factor: float
+) -> Callable[[Batch, jax.Array], dict[str, jax.Array]]:
+    """`(batch, step) -> the network's inputs for the global batch`: clean latents, time, noise, labels."""
+    m, seed = config.model, config.train.seed
+
+    def draw(batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
+        key = {purpose: draw_key(seed, step, purpose) for purpose in Draw}
+        x0 = draw_latents(batch, key[Draw.LATENT], scaling_factor, shift_factor, config.data.mirror)
+        t = sample_timesteps(key[Draw.TIME], x0.shape[0], process.num_timesteps)
+        noise = jax.random.normal(key[Draw.NOISE], x0.shape, x0.dtype)
+        label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
+        return {"x0": x0, "t": t, "noise": noise, "label": label}
+
+    return draw
+
+
 def make_train_step(
     model: nn.Module,
     process: Any,
@@ -144,29 +173,15 @@ def make_train_step(
     its batch axes; with grad_shardings (one per parameter), gradients are reduced onto them.
     An update that is not finite is left out; it counts in `skipped` and not in the other metrics.
     """
-    m, seed = config.model, config.train.seed
     schedule = learning_rate(config)
 
-    def split_batch(tree: Any, axis: int = 0) -> Any:
-        if mesh is None:
-            return tree
-        sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
-        return jax.lax.with_sharding_constraint(tree, sharding)
-
-    def draw(batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
-        """The network's inputs for the global batch: clean latents, time, noise, labels."""
-        key = {purpose: draw_key(seed, step, purpose) for purpose in Draw}
-        x0 = draw_latents(batch, key[Draw.LATENT], scaling_factor, shift_factor, config.data.mirror)
-        t = sample_timesteps(key[Draw.TIME], x0.shape[0], process.num_timesteps)
-        noise = jax.random.normal(key[Draw.NOISE], x0.shape, x0.dtype)
-        label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
-        return split_batch({"x0": x0, "t": t, "noise": noise, "label": label})
-
+    split_batch = make_split(mesh)
+    draw = make_draws(config, process, scaling_factor, shift_factor)
     gradients = make_gradients(make_loss(model, process), microbatches, split_batch, grad_shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         updates_done = state.step - state.skipped
-        grads, metrics = gradients(state.params, draw(batch, state.step + state.data_offset))
+        grads, metrics = gradients(state.params, split_batch(draw(batch, state.step + state.data_offset)))
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 

@@ -17,8 +17,6 @@ from dit_jax.models import tokens_last
 from dit_jax.models.embeddings import Linear
 
 Array = jax.Array
-
-
 TOKENS_LAST = ("tokens_last", "tokens_last_by_head")
 
 
@@ -32,7 +30,8 @@ def resolve_attention(kernel: str, dtype: Any, num_tokens: int, head_dim: int, d
     if device.platform in ("gpu", "cuda") and cudnn_serves(dtype, head_dim):
         return "cudnn"
     if device.platform == "tpu":
-        return TOKENS_LAST[num_tokens > tokens_last.all_heads_up_to(device.device_kind)]
+        long = num_tokens > tokens_last.all_heads_up_to(device.device_kind)
+        return "tokens_last_by_head" if long else "tokens_last"
     return "einsum"
 
 

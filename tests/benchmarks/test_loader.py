@@ -1,5 +1,6 @@
 """The loader's benchmark: waiting is seen where there is some, and the script has its fields."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -31,11 +32,11 @@ def test_waiting_for_slow_batches_is_seen(loader, tmp_path, monkeypatch):
     quick = loader.batches
 
     def slow(*args):
-        with loader.contextlib.closing(quick(*args)) as stream:
+        with contextlib.closing(quick(*args)) as stream:
             for batch in stream:
                 jax.block_until_ready(
                     jax.live_arrays()
-                )  # however busy the machine: the devices have no work left
+                )  # the devices have no work left, however busy they are
                 time.sleep(0.2)
                 yield batch
 
@@ -47,26 +48,13 @@ def test_waiting_for_slow_batches_is_seen(loader, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_rates_and_shares_are_written(tmp_path):
-    options = [
-        "--records",
-        600,
-        "--files",
-        200,
-        "--batch-size",
-        32,
-        "--rounds",
-        1,
-        "--seconds",
-        0.2,
-        "--steps",
-        1,
-    ]
+    sizes = {"records": 600, "files": 200, "batch-size": 32, "rounds": 1, "seconds": 0.2, "steps": 1}
+    options = [part for name, value in sizes.items() for part in (f"--{name}", value)]
     command = [sys.executable, FOLDER / "loader.py", *options, "--out", tmp_path / "r.json"]
     subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=FOLDER.parent)
     found = json.loads((tmp_path / "r.json").read_text())
-    assert (
-        found["record_bytes"] == 4 * 32 * 32 * 2 * 2 * 2
-    )  # mean and std of image and mirror, two bytes each
+    # Mean and std of image and mirror, two bytes each.
+    assert found["record_bytes"] == 4 * 32 * 32 * 2 * 2 * 2
     rates = found["records_per_second"]
     for name in ("streamed", "ram"):
         assert found["ratio_to_peer"][name] == pytest.approx(rates[name] / rates["peer"])

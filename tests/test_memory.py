@@ -1,10 +1,12 @@
-"""What malloc keeps: page faults of a repeated computation, in processes of their own."""
+"""What malloc keeps: page faults of a repeated computation, in processes of their own; limits on memory."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+
+from dit_jax import memory
 
 COUNT_FAULTS = """
 import ctypes, resource, statistics, sys
@@ -46,7 +48,32 @@ def test_freed_memory_is_kept_for_the_next_step():
 
 
 def test_malloc_is_left_alone_where_an_accelerator_may_be_in_use(monkeypatch):
-    from dit_jax.memory import keep_freed_memory
-
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    assert not keep_freed_memory()
+    assert not memory.keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "limits"),
+    [
+        ("0::/a/b", {"a/b/memory.max": "max", "a/memory.max": "5000", "memory.max": "9000"}, [5000, 9000]),
+        ("0::/pod/of/the/host", {"memory.max": "7000"}, [7000]),  # inside of a container
+        (
+            "9:cpu:/a\n4:memory:/a",
+            {"memory/a/memory.limit_in_bytes": "300", "memory.max": "1"},
+            [300],
+        ),
+        ("0::/", {}, []),
+    ],
+)
+def test_limits_of_control_groups_are_seen(tmp_path, group, files, limits):
+    (tmp_path / "group").write_text(group + "\n")
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    assert memory._group_limits(tmp_path / "group", tmp_path / "root") == limits
+    assert memory._group_limits(tmp_path / "none", tmp_path / "root") == []
+
+
+def test_memory_is_that_of_the_host_at_most():
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < memory.host_memory() <= host

@@ -71,8 +71,9 @@ class ModelConfig:
     remat: Literal["none", "full", "dots", "dots_attention"] = "none"
     """What the backward pass recomputes: nothing; all but block inputs; all but linear layers' outputs; all but
     linear layers' and attention's outputs."""
-    unroll: bool = False
-    """Unroll the loop over layers (longer compilation, sometimes faster steps). Parameters keep their layout."""
+    unroll: Literal[True, False, "auto"] = "auto"
+    """Unroll the loop over layers: longer compilation, faster steps on a CPU. auto: on a single CPU device,
+    where they are wide. Parameters keep their layout. Without a value true; --model.no-unroll is false."""
 
     @property
     def head_dim(self) -> int:
@@ -374,9 +375,25 @@ def parse_args(
     known, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
     config = tyro.cli(
         Config,
-        args=rest,
+        args=_spell_unroll(rest),
         default=load(known.config),
         description=f"{Config.__doc__}\n\n--config FILE names a recipe in configs/ (default: {default}); every "
         f"option below overrides it.\n\n{more_help}",
     )
     return resolve(config)
+
+
+def _spell_unroll(args: Sequence[str]) -> list[str]:
+    """The options with --model.unroll as tyro reads a choice of three: it may be given as a switch, which it was."""
+    words = []
+    for arg in args:
+        words += arg.split("=", 1) if arg.startswith("--model.unroll=") else [arg]
+    spelt = []
+    for before, word, after in zip(["", *words], words, [*words[1:], "--"], strict=False):
+        if word in ("--model.no-unroll", "--model.no_unroll"):
+            spelt += ["--model.unroll", "False"]
+        elif word == "--model.unroll":
+            spelt += [word, *(["True"] if after.startswith("--") else [])]
+        else:
+            spelt.append(word.capitalize() if before == "--model.unroll" and word != "auto" else word)
+    return spelt

@@ -86,6 +86,37 @@ def test_what_a_run_would_find_out_too_late_is_refused(diffusion, train, message
         c.resolve(c.Config(diffusion=c.DiffusionConfig(**diffusion), train=c.TrainConfig(**train)))
 
 
+@pytest.mark.parametrize(
+    ("args", "unroll"),
+    [
+        ([], "auto"),
+        (["--model.unroll"], True),
+        (["--model.unroll", "--model.depth", "5"], True),
+        (["--model.no-unroll"], False),
+        (["--model.unroll", "--model.no_unroll"], False),
+        (["--model.unroll", "auto"], "auto"),
+        (["--model.unroll", "true", "--model.depth", "5"], True),
+        (["--model.unroll=false"], False),
+        (["--model.unroll=True"], True),
+    ],
+)
+def test_unroll_is_a_switch_and_a_choice_of_three(recipe, args, unroll):
+    assert c.parse_args(["--config", recipe, *args]).model.unroll is unroll
+
+
+def test_unroll_is_read_from_configs_of_before_and_refused_in_one_sentence(recipe, capsys):
+    for value in (True, False, "auto"):
+        text = c.to_json(c.Config(model=c.ModelConfig(unroll=value)))
+        assert c.from_json(text).model.unroll is value
+    for value in ('"on"', "2", "null"):
+        with pytest.raises(c.ConfigError, match=r"--model.unroll is .*; input should be"):
+            c.from_json(f'{{"model": {{"unroll": {value}}}}}')
+    with pytest.raises(SystemExit) as stop:
+        c.parse_args(["--config", recipe, "--model.unroll", "on"])
+    assert stop.value.code == 2
+    assert "--model.unroll" in capsys.readouterr().err
+
+
 def test_unknown_options_and_wrong_types_stop_the_command(recipe, capsys):
     for args, words in (
         (["--model.dept", "3"], "--model.dept"),

@@ -6,17 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dit_jax.diffusion.flow import FlowMatching
     from dit_jax.diffusion.gaussian import GaussianDiffusion
     from dit_jax.diffusion.samplers import sample_ddim, sample_ddpm
     from dit_jax.models.dit import DiT
+    from dit_jax.samplers.ode import sample_ode
+    from dit_jax.samplers.sde import sample_sde
 
-__all__ = ["DiT", "GaussianDiffusion", "sample_ddim", "sample_ddpm"]
+__all__ = [
+    "DiT",
+    "FlowMatching",
+    "GaussianDiffusion",
+    "sample_ddim",
+    "sample_ddpm",
+    "sample_ode",
+    "sample_sde",
+]
 
 _HOME = {
     "DiT": "dit_jax.models.dit",
+    "FlowMatching": "dit_jax.diffusion.flow",
     "GaussianDiffusion": "dit_jax.diffusion.gaussian",
     "sample_ddim": "dit_jax.diffusion.samplers",
     "sample_ddpm": "dit_jax.diffusion.samplers",
+    "sample_ode": "dit_jax.samplers.ode",
+    "sample_sde": "dit_jax.samplers.sde",
 }
 
 

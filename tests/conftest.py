@@ -23,3 +23,25 @@ def data_dir():
     import pathlib
 
     return pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def sit(data_dir):
+    """Numbers recorded from SiT, by name; arrays in its layout."""
+    import numpy as np
+
+    with np.load(data_dir / "sit.npz") as data:
+        return dict(data)
+
+
+@pytest.fixture(scope="session")
+def sit_network(sit):
+    """The recorded network, jitted: (x, t) -> output, for the recorded labels."""
+    from dit_jax import DiT
+    from dit_jax.interop.official import params_from_state_dict
+
+    settings = {k.removeprefix("config/"): v.item() for k, v in sit.items() if k.startswith("config/")}
+    state = {k.removeprefix("params/"): v for k, v in sit.items() if k.startswith("params/")}
+    model = DiT(**settings)
+    params = params_from_state_dict(state, model)
+    return jax.jit(lambda x, t: model.apply({"params": params}, x, t, jax.numpy.asarray(sit["y"])))

@@ -54,7 +54,7 @@ def _typed(key: jax.Array) -> jax.Array:
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
 
 
-def _keys_for(key: jax.Array, batch: int) -> jax.Array:
+def keys_for(key: jax.Array, batch: int) -> jax.Array:
     keys = _typed(key)
     if keys.ndim == 0:
         return sample_keys(keys, jnp.arange(batch))
@@ -196,7 +196,7 @@ def _scan(
         raise ValueError(
             "key and step_noise are missing; expected one of them, the sampler needs noise at every step"
         )
-    keys = _keys_for(key, batch) if draw and key is not None else None
+    keys = keys_for(key, batch) if draw and key is not None else None
 
     def body(x: jax.Array, inputs: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
         s, eps = inputs

@@ -1,5 +1,9 @@
 """Configs: parsing, resolution, one clear error for everything wrong."""
 
+import dataclasses
+import os
+import re
+
 import pytest
 
 from dit_jax import config as c
@@ -36,6 +40,27 @@ def test_json_round_trip():
         ('{"model": {"depth": "3"}}', "--model.depth is '3'; input should be a valid integer"),
         ('{"optim": {"schedule": "step"}}', "--optim.schedule is 'step'; input should be 'constant'"),
         ("{", "invalid json"),
+        ("[]", r"the config is \[\]; input should be an object"),
+        ("null", "the config is None"),
+        ('{"model": []}', r"--model is \[\]; input should be an object"),
+        ('{"model": null}', "--model is None"),
+        ('{"model": {"input_size": 8}}', "--model.input-size is 8; input should be a valid array"),
+        ('{"model": {"input_size": [8]}}', "--model.input-size.1 is .*; field required"),
+        ('{"model": {"depth": true}}', "--model.depth is True; input should be a valid integer"),
+        ('{"model": {"depth": 2.5}}', "--model.depth is 2.5"),
+        ('{"optim": {"eps": NaN}}', "--optim.eps is nan; input should be a finite number"),
+        ('{"optim": {"eps": 1e400}}', "--optim.eps is inf; input should be a finite number"),
+        (
+            '{"optim": {"ema_more": [0.9, Infinity]}}',
+            "--optim.ema-more.1 is inf; input should be a finite number",
+        ),
+        pytest.param(
+            '{"train": {"steps": 1' + "0" * 5000 + "}}",
+            "the config is .{,100}; invalid json: number out of range",
+            id="digits",
+        ),
+        pytest.param("[" * 100_000, "the config is .{,100}; invalid json", id="nested"),
+        ('{"train": {"workdir": "\\ud800"}}', "the config is .{,100}; invalid json"),
     ],
 )
 def test_a_saved_config_is_read_strictly(text, message):
@@ -56,6 +81,14 @@ def test_a_saved_config_is_read_strictly(text, message):
         ({"depth": 0}, "--model.depth is 0; expected a number above 0"),
         ({"class_dropout_prob": 1.0}, "--model.class-dropout-prob is 1.0; expected at least 0 and below 1"),
         ({"depth": "3"}, "--model.depth is '3'; input should be a valid integer"),
+        ({"depth": 10**9}, "--model.depth is 1000000000; expected at most 10000"),
+        ({"name": "DiT-S/" + "9" * 5000}, "--model.name is 'DiT-S/9.{,100}; expected DiT"),
+        ({"mlp_ratio": 0.0001}, "--model.mlp-ratio is 0.0001; expected a hidden layer: 1 / 1152"),
+        ({"mlp_ratio": float("inf")}, "--model.mlp-ratio is inf; input should be a finite number"),
+        (
+            {"input_size": (2**20, 2**20)},
+            r"--model.input-size is \(1048576, 1048576\); expected fewer than 2\^31 numbers",
+        ),
     ],
 )
 def test_contradictions_are_refused(options, message):
@@ -117,6 +150,62 @@ def test_unroll_is_read_from_configs_of_before_and_refused_in_one_sentence(recip
     assert "--model.unroll" in capsys.readouterr().err
 
 
+NUMBERS = [
+    (f"{group.name}.{option.name}", option.type)
+    for group in dataclasses.fields(c.Config)
+    for option in dataclasses.fields(group.default_factory)
+    if re.search("int|float", option.type)
+]
+
+
+@pytest.mark.parametrize(("option", "kind"), NUMBERS)
+def test_no_number_is_more_than_a_run_can_compute_with(option, kind):
+    group, name = option.split(".")
+    part = getattr(c.Config(), group)
+    floats = (float("nan"), float("inf"), float("-inf"), 1e39, 1e-40) if "float" in kind else ()
+    for value in (*floats, 10**40, -(10**40), 10**5000):
+        given = (value, value) if "tuple" in kind else value
+        config = dataclasses.replace(c.Config(), **{group: dataclasses.replace(part, **{name: given})})
+        pattern = f"^(--(mesh|{option.replace('_', '-')})[ .].*|the config cannot be written as JSON .*)$"
+        with pytest.raises(c.ConfigError, match=pattern) as refused:
+            c.resolve(config)
+        assert len(str(refused.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            c.Config(train=c.TrainConfig(workdir="")),
+            "--train.workdir is empty; expected the folder of the run",
+        ),
+        (c.Config(train=c.TrainConfig(workdir="a\0b")), r"--train.workdir is 'a\\x00b'; expected text"),
+        (
+            c.Config(data=c.DataConfig(vae="caf\udce9")),
+            r"--data.vae is 'caf\\udce9'; expected text that is UTF-8",
+        ),
+        (c.Config(optim=c.OptimConfig(b2=1 - 1e-12)), "--optim.b2 is 0.999999999999; .* below 1 in float32"),
+        (c.Config(model=None), "--model is None; input should be an object"),
+        (
+            c.Config(model=c.ModelConfig(depth={3})),
+            r"cannot be written as JSON \(.*set.*\); expected plain values",
+        ),
+    ],
+)
+def test_values_that_a_run_cannot_use_are_refused(config, message):
+    with pytest.raises(c.ConfigError, match=message):
+        c.resolve(config)
+
+
+def test_values_get_the_types_that_are_declared():
+    resolved = c.resolve(
+        c.Config(model={"name": "DiT-S/2", "input_size": [8, 8]}, optim=c.OptimConfig(eps=1))
+    )
+    assert resolved == c.resolve(
+        c.Config(model=c.ModelConfig(name="DiT-S/2", input_size=(8, 8)), optim=c.OptimConfig(eps=1.0))
+    )
+
+
 def test_unknown_options_and_wrong_types_stop_the_command(recipe, capsys):
     for args, words in (
         (["--model.dept", "3"], "--model.dept"),
@@ -142,6 +231,44 @@ def test_help_explains_every_option(recipe, capsys):
 def test_a_recipe_must_exist_and_define_config(tmp_path):
     with pytest.raises(c.ConfigError, match=r"nowhere\.py, which is not a file"):
         c.load(tmp_path / "nowhere.py")
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(c.ConfigError, match=r"empty\.py defines config = None"):
-        c.load(tmp_path / "empty.py")
+    with pytest.raises(c.ConfigError, match="which is not a file"):
+        c.load(tmp_path)
+    (tmp_path / "dangling.py").symlink_to(tmp_path / "gone.py")
+    os.mkfifo(tmp_path / "fifo.py")
+    for name in ("dangling.py", "fifo.py", "x" * 5000, "", "a\0b"):
+        with pytest.raises(c.ConfigError, match="which is not a file"):
+            c.load(name if "." not in name else tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.py", b"x = 1\n", r"empty\.py defines config = None"),
+        ("README.md", b"# A title\n\nSome words\n", r"does not run as a recipe \(SyntaxError: .*line 3\)"),
+        ("a.py", b"import json\nconfig = json.loads('x')\n", r"\(JSONDecodeError in line 2: Expecting value"),
+        (
+            "a.py",
+            b"from dit_jax.config import ModelConfig\nModelConfig(dept=3)",
+            r"TypeError in line 2: .*'dept'",
+        ),
+        ("a.py", b"import sys\nsys.exit('no')\n", r"\(SystemExit in line 2: no\)"),
+        ("a.py", b"\0\xff", r"does not run as a recipe \(SyntaxError"),
+        ("a.json", b"\xff\xfe", r"a\.json, which cannot be read: .*utf-8"),
+        ("a.json", b'{"model": {"depth": "3"}}', r"a\.json, which cannot be read: --model.depth is '3'"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(c.ConfigError, match=message) as refused:
+        c.load(tmp_path / name)
+    assert "\n" not in str(refused.value)
+
+
+def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    recipes = c.load("configs/digits.py"), c.load("configs/dit_b2_imagenet256.py")
+    monkeypatch.chdir(tmp_path)
+    assert (c.load("configs/digits.py"), c.load("configs/dit_b2_imagenet256.py")) == recipes
+    assert c.parse_args([]).train.workdir == "runs/digits"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.py").write_text(RECIPE)  # what lies in the working directory comes first
+    assert c.parse_args([]).train.seed == 3

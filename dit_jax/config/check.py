@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from dit_jax.config.saved import from_json, to_json
-from dit_jax.config.schema import DIT_SIZES, Config, ConfigError
+from dit_jax.config.saved import from_json, shown, to_json
+from dit_jax.config.schema import DIT_SIZES, Config, ConfigError, ModelConfig
 
 
 def model_sizes(name: str) -> tuple[int, int, int, int]:
     """(depth, hidden_size, num_heads, patch_size) of a family member such as "DiT-XL/2"."""
-    match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d+)", name)
+    match = re.fullmatch(r"DiT-(S|B|L|XL)/(\d{1,4})", name)
     if match is None:
         raise ConfigError(
-            f"--model.name is {name!r}; expected DiT-{{S,B,L,XL}}/{{patch}}, for example DiT-XL/2"
+            f"--model.name is {shown(name)}; expected DiT-{{S,B,L,XL}}/{{patch}}, for example DiT-XL/2"
         )
     return (*DIT_SIZES[match[1]], int(match[2]))
 
@@ -25,7 +27,7 @@ def resolve(config: Config) -> Config:
 
     Raises ConfigError for a wrong type, a value out of range or sizes that do not divide.
     """
-    from_json(to_json(config))  # a recipe's values have the declared types
+    config = _typed(config)
     m = config.model
     named = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), model_sizes(m.name), strict=True))
     filled: dict[str, Any] = {k: v for k, v in named.items() if getattr(m, k) is None}
@@ -34,10 +36,42 @@ def resolve(config: Config) -> Config:
     return config
 
 
+def _typed(config: Config) -> Config:
+    """The config with values of the declared types that a run can use: text, finite numbers of 32 bits."""
+    try:
+        text = to_json(config)
+    except (TypeError, ValueError) as error:  # a recipe may hold anything
+        raise ConfigError(f"the config cannot be written as JSON ({error}); expected plain values") from None
+    for option, value in _options(json.loads(text)):
+        if isinstance(value, str):
+            name = value.encode(errors="replace").decode()
+            _require(value == name and "\0" not in value, option, shown(value), "text that is UTF-8")
+    config = from_json(text)
+    for option, value in _options(dataclasses.asdict(config)):
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, int):
+                _require(part < 2**31, option, value, f"at most {2**31 - 1}")
+            elif isinstance(part, float):
+                good = part == 0 or FLOAT32_LEAST <= abs(part) <= FLOAT32_MOST
+                _require(good, option, value, "a number that float32 holds")
+    return config
+
+
+def _options(groups: Any) -> Iterator[tuple[str, Any]]:
+    """("model.depth", its value) of every option in a config as a dict."""
+    for group, options in groups.items():
+        if isinstance(options, dict):
+            yield from ((f"{group}.{name}", value) for name, value in options.items())
+
+
 def _require(good: bool, option: str, found: object, expected: str) -> None:
     if not good:
-        raise ConfigError(f"--{option.replace('_', '-')} is {found}; expected {expected}")
+        text = found if isinstance(found, str) else shown(found)
+        raise ConfigError(f"--{option.replace('_', '-')} is {text}; expected {expected}")
 
+
+FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, 3.4e38  # below, hardware counts a number as zero
+BELOW_ONE = 1 - 2.0**-24
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
 diffusion.num_timesteps optim.learning_rate optim.eps train.batch_size train.steps train.log_every
@@ -45,6 +79,11 @@ train.checkpoint_every train.keep train.bad_steps train.sample_count train.sampl
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
 train.seed train.microbatch train.milestone_every train.snapshot_every train.max_rollbacks data.workers"""
+_AT_MOST = {  # beyond is a slip of the keyboard, which would end in hours of tracing or in no memory
+    "model.depth": 10_000, "model.hidden_size": 2**17, "model.num_heads": 2**17, "model.patch_size": 2**12,
+    "model.in_channels": 2**12, "model.mlp_ratio": 1024, "model.num_classes": 2**30,
+    "diffusion.num_timesteps": 1_000_000, "data.workers": 1024,
+}  # fmt: skip
 
 
 def _check_values(config: Config) -> None:
@@ -55,14 +94,36 @@ def _check_values(config: Config) -> None:
     for option in _POSITIVE.split():
         _require(value(option) > 0, option, value(option), "a number above 0")
     for option in _SHARES.split():
-        _require(0 <= value(option) < 1, option, value(option), "at least 0 and below 1")
+        _require(0 <= value(option) <= BELOW_ONE, option, value(option), "at least 0 and below 1 in float32")
     for option in _NOT_NEGATIVE.split():
         _require(value(option) >= 0, option, value(option), "0 or more")
+    for option, most in _AT_MOST.items():
+        _require((value(option) or 0) <= most, option, value(option), f"at most {most}")
+    _require(config.train.workdir.strip() != "", "train.workdir", "empty", "the folder of the run")
     for decay in config.optim.ema_more:
-        _require(0 <= decay < 1, "optim.ema_more", decay, "at least 0 and below 1")
+        _require(0 <= decay <= BELOW_ONE, "optim.ema_more", decay, "at least 0 and below 1 in float32")
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
-    m = config.model
+    _check_model(config.model)
+    least = 21 if config.diffusion.schedule == "linear" else 2  # linear betas reach 1 with fewer
+    timesteps = config.diffusion.num_timesteps
+    _require(
+        timesteps >= least,
+        "diffusion.num_timesteps", timesteps,
+        f"at least {least} for --diffusion.schedule {config.diffusion.schedule}",
+    )  # fmt: skip
+    _require(
+        config.train.sample_every == 0 or 2 <= config.train.sample_steps <= timesteps,
+        "train.sample_steps", config.train.sample_steps, f"2 to {timesteps}, the timesteps of training",
+    )  # fmt: skip
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    _require(
+        axes.count(-1) <= 1 and all(a is None or a == -1 or a > 0 for a in axes),
+        "mesh", f"(data, fsdp, tensor) = {axes}", "sizes above 0, at most one of them -1",
+    )  # fmt: skip
+
+
+def _check_model(m: ModelConfig) -> None:
     assert m.patch_size and m.hidden_size and m.num_heads  # filled by resolve
     for side in m.input_size:
         _require(
@@ -80,23 +141,14 @@ def _check_values(config: Config) -> None:
         "a multiple of 4 (2D sine-cosine positions)",
     )
     _require(
+        int(m.hidden_size * m.mlp_ratio) >= 1,
+        "model.mlp_ratio", m.mlp_ratio, f"a hidden layer: 1 / {m.hidden_size}, the width, or more",
+    )  # fmt: skip
+    _require(
+        m.num_tokens * m.hidden_size < 2**31,
+        "model.input_size", m.input_size, f"fewer than 2^31 numbers: {m.num_tokens} tokens of width {m.hidden_size}",
+    )  # fmt: skip
+    _require(
         m.norm_kernel == "xla" or m.conditioning in ("adaln", "adaln_zero"),
         "model.norm_kernel", m.norm_kernel, f"xla, because --model.conditioning is {m.conditioning}",
-    )  # fmt: skip
-    least = 21 if config.diffusion.schedule == "linear" else 2  # linear betas reach 1 with fewer
-    timesteps = config.diffusion.num_timesteps
-    _require(
-        timesteps >= least,
-        "diffusion.num_timesteps", timesteps,
-        f"at least {least} for --diffusion.schedule {config.diffusion.schedule}",
-    )  # fmt: skip
-    _require(
-        config.train.sample_every == 0 or 2 <= config.train.sample_steps <= timesteps,
-        "train.sample_steps", config.train.sample_steps, f"2 to {timesteps}, the timesteps of training",
-    )  # fmt: skip
-    _require(config.train.seed < 2**31, "train.seed", config.train.seed, f"at most {2**31 - 1}")
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    _require(
-        axes.count(-1) <= 1 and all(a is None or a == -1 or a > 0 for a in axes),
-        "mesh", f"(data, fsdp, tensor) = {axes}", "sizes above 0, at most one of them -1",
     )  # fmt: skip

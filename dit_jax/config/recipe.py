@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import runpy
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from dit_jax.config.check import resolve
-from dit_jax.config.saved import from_json
+from dit_jax.config.saved import from_json, shown
 from dit_jax.config.schema import Config, ConfigError
 
+DEFAULT = "configs/digits.py"
 
-def load(path: str | pathlib.Path) -> Config:
-    """A config from a recipe (.py, which defines `config`) or from a saved config (.json)."""
-    path = pathlib.Path(path)
-    if not path.is_file():
+SCRIPTS = pathlib.Path(__file__).parents[2]  # where train.py and configs/ lie
+
+
+def load(path: str | os.PathLike[str]) -> Config:
+    """A config from a recipe (.py, which defines `config`) or from a saved config (.json).
+
+    A relative path starts from the working directory, or else from the folder of the scripts. Raises ConfigError
+    for a file that is neither.
+    """
+    named, path = path, pathlib.Path(path)
+    if not os.path.isfile(path):
+        path = SCRIPTS / path
+    if not os.path.isfile(path):
         raise ConfigError(
-            f"--config names {path}, which is not a file; expected a recipe such as configs/digits.py"
+            f"--config names {os.fspath(named)[:200]}, which is not a file; expected a recipe such as {DEFAULT}"
         )
     if path.suffix == ".json":
-        return from_json(path.read_text())
-    found = runpy.run_path(str(path)).get("config")
+        try:
+            return from_json(path.read_text())
+        except (OSError, ValueError) as error:  # ConfigError, or bytes that are no text
+            raise ConfigError(f"--config names {path}, which cannot be read: {error}") from None
+    found = _run(path).get("config")
     if not isinstance(found, Config):
-        raise ConfigError(f"{path} defines config = {found!r}; expected a dit_jax.config.Config")
+        raise ConfigError(f"{path} defines config = {shown(found)}; expected a dit_jax.config.Config")
     return found
 
 
-def parse_args(
-    args: Sequence[str] | None = None, default: str = "configs/digits.py", more_help: str = ""
-) -> Config:
+def _run(path: pathlib.Path) -> dict[str, Any]:
+    """What a recipe defines; whatever stops it is a ConfigError that says where."""
+    try:
+        return runpy.run_path(os.fspath(path))
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [str(frame.lineno) for frame in frames if frame.filename == os.fspath(path)]
+        where = f" in line {lines[-1]}" if lines else ""  # a SyntaxError says it itself
+        reason = " ".join(f"{type(error).__name__}{where}: {error}".split())
+        raise ConfigError(
+            f"--config names {path}, which does not run as a recipe ({reason}); expected one such as {DEFAULT}"
+        ) from None
+
+
+def parse_args(args: Sequence[str] | None = None, default: str = DEFAULT, more_help: str = "") -> Config:
     """The config of a command line: a recipe named by --config, then one option per override, resolved.
 
     more_help describes options that the caller has taken out of `args`.

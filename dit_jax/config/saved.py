@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from typing import Any
 
 from dit_jax.config.schema import (
     Config,
@@ -23,18 +25,35 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """A config from its JSON; unknown keys and wrong types raise ConfigError."""
+    """A config from its JSON; unknown keys, wrong types and numbers that are not finite raise ConfigError."""
     import pydantic
 
-    strict = pydantic.ConfigDict(extra="forbid", strict=True)
-    for cls in (ModelConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig, Config):
-        setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
     try:
-        return pydantic.TypeAdapter(Config).validate_json(text)
+        return _reader().validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"]) or "config"
+        option = ".".join(str(part) for part in first["loc"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise ConfigError(f"unknown option {option!r}; see python train.py --help") from None
-        expected = first["msg"].lower()
-        raise ConfigError(f"--{option.replace('_', '-')} is {first.get('input')!r}; {expected}") from None
+            raise ConfigError(f"unknown option {shown(option)}; see python train.py --help") from None
+        name = f"--{option.replace('_', '-')}" if option else "the config"
+        raise ConfigError(f"{name} is {shown(first.get('input'))}; {first['msg'].lower()}") from None
+
+
+@functools.cache
+def _reader() -> Any:
+    """pydantic's reader of a `Config`."""
+    import pydantic
+
+    strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    for cls in (ModelConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig, Config):
+        setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
+    return pydantic.TypeAdapter(Config)
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A value as Python writes it, cut where it would hide the sentence that it stands in."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= length else f"{text[:length]}..."

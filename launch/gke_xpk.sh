@@ -13,7 +13,7 @@ set -euo pipefail
 : "${CLUSTER:?name of the cluster}"
 TYPE=${TYPE:-v5litepod-256}    # as the cluster's TPUs are called
 WORKLOAD=${WORKLOAD:-dit}
-SLICES=${SLICES:-1}
+SLICES=${SLICES:-1}            # of TYPE each; data parallel over the slow network between them
 RESTARTS=${RESTARTS:-100}
 RESTART_ON=${RESTART_ON:-1,75} # exit codes beside those of signals: an error, and stopped after saving
 GRACE=${GRACE:-180}            # seconds from the signal to the kill, in which the run saves

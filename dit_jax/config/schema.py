@@ -146,12 +146,13 @@ class MeshConfig:
     """Devices as a mesh (data, fsdp, tensor). One size may be -1, which fills in."""
 
     preset: Literal["replicated", "zero1", "fsdp", "fsdp_tensor"] = "replicated"
-    """What is split over devices besides the batch: nothing; optimizer state and EMA, over data; those and the
-    parameters, over fsdp; the same with heads and MLP width over tensor."""
+    """What is split over devices besides the batch: nothing; optimizer state and EMA, over data and fsdp; those
+    and the parameters, over fsdp; the same with heads and MLP width over tensor."""
     data: int | None = None
     """Devices that each hold a copy and a part of the batch (None: all that the other two leave)."""
     fsdp: int | None = None
-    """Devices that share parameters and also split the batch (None: up to 16 under fsdp and fsdp_tensor, else 1)."""
+    """Devices that share parameters and also split the batch (None: up to 16 of a GPU node or a TPU slice under fsdp
+    and fsdp_tensor, up to 128 under zero1, else 1)."""
     tensor: int | None = None
     """Devices that split heads and MLP width (None: 2 for fsdp_tensor, else 1)."""
 

@@ -18,7 +18,7 @@ from dit_jax.diffusion.create import create_process
 from dit_jax.models.attention import TOKENS_LAST, cudnn_serves, resolve_attention
 from dit_jax.models.dit import DiT, build_model
 from dit_jax.training.optimizer import make_optimizer
-from dit_jax.training.sharding import batch_sharding, check_batch, replicated, state_shardings
+from dit_jax.training.sharding import asked, batch_sharding, check_batch, replicated, state_shardings
 from dit_jax.training.state import TrainState, init_state, make_state
 from dit_jax.training.step import Draw, draw_key, make_train_step
 
@@ -92,7 +92,8 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     heads = config.model.num_heads
     if heads and heads % mesh.shape["tensor"]:
         raise ConfigError(
-            f"--mesh.tensor is {mesh.shape['tensor']}; expected a divisor of --model.num-heads {heads}"
+            f"{asked(config.mesh)} means --mesh.tensor {mesh.shape['tensor']}; expected a divisor of "
+            f"--model.num-heads {heads}"
         )
     model, optimizer = build_model(config), make_optimizer(config)
     process = create_process(config.diffusion)

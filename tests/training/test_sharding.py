@@ -1,13 +1,18 @@
 """Every layout of a run over 8 devices gives what one device gives, in less memory."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from dit_jax.config import ConfigError, MeshConfig
+from dit_jax.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
+from dit_jax.training.compile_for import topology_devices
 from dit_jax.training.program import abstract_state
 from dit_jax.training.sharding import (
+    MESH_AXES,
     PARAMETER_AXES,
     PRESETS,
     bytes_per_device,
@@ -85,10 +90,115 @@ def test_mesh_shapes():
     assert mesh_shape(MeshConfig(preset="fsdp", fsdp=2), 8) == (4, 2, 1)
     assert mesh_shape(MeshConfig(preset="fsdp_tensor"), 8) == (1, 4, 2)
     assert mesh_shape(MeshConfig(preset="fsdp_tensor", data=-1, fsdp=2, tensor=2), 8) == (2, 2, 2)
-    with pytest.raises(ConfigError, match=r"--mesh asks for data 3, fsdp -1.* the 8 devices"):
-        mesh_shape(MeshConfig(preset="fsdp", data=3), 8)
-    with pytest.raises(ConfigError, match=r"--mesh\.fsdp is 4; expected 1, because --mesh\.preset zero1"):
-        mesh_shape(MeshConfig(preset="zero1", fsdp=4), 8)
+    with pytest.raises(
+        ConfigError, match=r"--mesh\.fsdp is 4; expected 1, because --mesh\.preset replicated"
+    ):
+        mesh_shape(MeshConfig(preset="replicated", fsdp=4), 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (
+            MeshConfig(preset="fsdp", data=3),
+            8,
+            r"--mesh\.preset fsdp --mesh\.data 3 means data 3 x fsdp \(the rest\) x tensor 1; .* 8 devices",
+        ),
+        (
+            MeshConfig(preset="fsdp_tensor"),
+            1,
+            r"--mesh\.preset fsdp_tensor means data \(the rest\) x fsdp 1 x tensor 2; .* 1 devices",
+        ),
+        (MeshConfig(preset="fsdp_tensor", tensor=16), 8, r"--mesh\.tensor 16 means .* fsdp 1 x tensor 16"),
+    ],
+)
+def test_errors_of_a_mesh_name_what_was_asked_for(config, devices, message):
+    with pytest.raises(ConfigError, match=message):
+        mesh_shape(config, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """As jax shows a device of `platform` in a slice (of TPUs) or on a node (of GPUs)."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "fake"
+    process_index: int = 0
+
+
+def nodes(*sizes, order=None):
+    """Devices of nodes with that many GPUs, one process each; `order` is the node of each device in turn."""
+    order = [node for node, size in enumerate(sizes) for _ in range(size)] if order is None else order
+    return [FakeDevice(i, node, process_index=i) for i, node in enumerate(order)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "config", "shape"),
+    [
+        (nodes(8, 8), MeshConfig(preset="fsdp"), (2, 8, 1)),
+        (nodes(4, 4, 4, 4), MeshConfig(preset="fsdp"), (4, 4, 1)),
+        (nodes(8, 8), MeshConfig(preset="fsdp_tensor"), (2, 4, 2)),
+        (nodes(16), MeshConfig(preset="fsdp"), (1, 16, 1)),
+        (nodes(8, 8), MeshConfig(preset="fsdp", fsdp=16), (1, 16, 1)),  # asked for
+        (nodes(8, 4), MeshConfig(preset="fsdp"), (3, 4, 1)),
+    ],
+)
+def test_by_default_parameters_are_shared_inside_a_node_of_gpus(devices, config, shape):
+    grid = make_mesh(config, devices).devices
+    assert grid.shape == shape
+    if config.fsdp is None:
+        assert all(len({device.slice_index for device in row.flat}) == 1 for row in grid)
+
+
+def test_groups_stay_inside_nodes_whose_processes_alternate():
+    grid = make_mesh(MeshConfig(preset="fsdp"), nodes(order=[0, 1] * 8)).devices
+    assert [{device.slice_index for device in row.flat} for row in grid] == [{0}, {1}]
+
+
+def test_two_slices_of_tpus_are_joined_by_data_alone():
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: pip install libtpu (Linux, x86-64)")
+    from jax.experimental import topologies
+
+    topology_devices("v5e:4x4")  # tells the compiler to look for no TPU
+    devices = topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2).devices
+    for config, shape in (
+        (MeshConfig(), (32, 1, 1)),
+        (MeshConfig(preset="zero1"), (2, 16, 1)),
+        (MeshConfig(preset="fsdp"), (2, 16, 1)),
+        (MeshConfig(preset="fsdp", fsdp=8), (4, 8, 1)),
+        (MeshConfig(preset="fsdp_tensor", fsdp=4, tensor=4), (2, 4, 4)),
+    ):
+        grid = make_mesh(config, devices).devices
+        assert grid.shape == shape
+        assert [d.slice_index for d in grid.flat] == [0] * 16 + [1] * 16
+    message = (
+        r"--mesh\.preset fsdp --mesh\.data 1 means fsdp 32 x tensor 1 inside a slice of TPUs; expected a divisor "
+        r"of the devices of each of the 2 slices \(16\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(MeshConfig(preset="fsdp", data=1), devices)
+    with pytest.raises(ConfigError, match=r"2 slices \(12 and 16\)"):
+        make_mesh(MeshConfig(preset="fsdp", data=1, fsdp=28), devices[:28])
+
+
+@pytest.mark.parametrize(
+    ("devices", "shape", "parts"),
+    [(64, (64, 1, 1), 64), (96, (3, 32, 1), 96), (256, (2, 128, 1), 256), (160, (5, 32, 1), 32)],
+)
+def test_zero1_splits_a_large_model_over_any_number_of_devices(devices, shape, parts):
+    """Every large leaf of XL is split at least `parts` ways, or as far as its table of labels allows."""
+    assert mesh_shape(MeshConfig(preset="zero1"), devices) == shape
+    model = ModelConfig(name="DiT-XL/2")
+    config = resolve(Config(model=model, mesh=MeshConfig(preset="zero1")))
+    for given, least in ((shape, parts), ((devices, 1, 1), 1)):
+        state = abstract_state(config, AbstractMesh(given, MESH_AXES))
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state.opt_state, state.ema)):
+            held = np.prod(leaf.sharding.shard_shape(leaf.shape))
+            if leaf.size > 2e6:
+                assert leaf.size / held >= least, jax.tree_util.keystr(path)
+    assert state.params["blocks"]["attn"]["qkv"]["kernel"].sharding.spec == P()
 
 
 def test_errors_name_parameter_and_axis(tiny):
@@ -105,7 +215,7 @@ def test_errors_name_parameter_and_axis(tiny):
         ConfigError, match=r"square/kernel.*axes 0 and 1 \(embed\) are both split over mesh axis fsdp"
     ):
         partition_spec("square/kernel", (8, 8), rules, mesh, twice)
-    with pytest.raises(ConfigError, match=r"--mesh\.tensor is 4; expected a divisor of --model\.num-heads 2"):
+    with pytest.raises(ConfigError, match=r"--mesh\.tensor 4; expected a divisor of --model\.num-heads 2"):
         tiny.run(tiny.config(mesh={"preset": "fsdp_tensor", "tensor": 4}), 8, 1)
 
 

@@ -91,13 +91,13 @@ def table_line(row: Row, report: Report) -> str:
     cells = (
         row.name,
         f"{chips} {report.chip.name}",
-        str(report.images),
+        f"{report.images_per_chip:g}",
         f"{report.total_bytes / 2**30:.1f} of {report.chip.hbm_gib:g}",
         f"{sent / 1e9:.2f} GB ({hidden / sent:.0%})",
         time_text,
         f"{report.mfu:.1%}",
         f"{report.mfu_with_collectives:.1%}",
-        f"{report.images / report.seconds:.1f}",
+        f"{report.images_per_chip / report.seconds:.1f}",
         f"{report.compile_seconds:.0f} s",
     )
     return "| " + " | ".join(cells) + " |\n"

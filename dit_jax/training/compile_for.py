@@ -5,7 +5,7 @@
 
 The TPU compiler (libtpu) runs on any Linux host. What it gives is the program that the chips would run: its
 memory is exact, its time an estimate. The time is the sum of the compiler's cycle estimates, which leave out
-collectives; those are counted by their bytes over one axis of the torus, apart from the ones that overlap.
+collectives; those take their bytes over one axis of the torus, and count as far as no computation hides them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dit_jax import flops
 from dit_jax.config import Config, ConfigError
 from dit_jax.models.attention import resolve_attention
 from dit_jax.models.dit import resolve_unroll
-from dit_jax.training import hlo
+from dit_jax.training import hlo, timeline
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 from dit_jax.training.program import abstract_batch, build_program
 from dit_jax.training.sharding import bytes_per_device, make_mesh
@@ -85,8 +85,10 @@ class Report:
       arguments: bytes by part of what the program is given.
       memory: the compiler's account: arguments with the padding of their layout, outputs that share no
         argument's buffer, temporaries (activations, gradients, gathered parameters), code.
+      images: that a chip computes, alone or, where the mesh has a tensor axis, with the others along it.
       flops: analytic, of one chip's part of the batch (forward, and backward when training).
       cycles, seconds: the compiler's estimate without collectives; `exposed_seconds` of collectives come on top.
+      unknown_loops: loops that nobody knows how often run; they count once, and times are lower bounds then.
     """
 
     what: str
@@ -96,16 +98,22 @@ class Report:
     images: int
     arguments: dict[str, int]
     memory: dict[str, int]
-    collectives: list[hlo.Collective]
+    collectives: list[timeline.Collective]
     flops: float
     cycles: int
     operations: list[hlo.Operation]
     compile_seconds: float
+    unknown_loops: list[str]
 
     @property
     def total_bytes(self) -> int:
         """Memory that one chip needs."""
         return sum(self.memory.values())
+
+    @property
+    def images_per_chip(self) -> float:
+        """A chip's share of the batch; no whole number where several chips share an image."""
+        return self.images / self.mesh.get("tensor", 1)
 
     @property
     def seconds(self) -> float:
@@ -114,7 +122,7 @@ class Report:
 
     @property
     def exposed_seconds(self) -> float:
-        """Least time of the collectives that nothing overlaps."""
+        """Time that a chip waits for collectives."""
         return sum(c.exposed_bytes for c in self.collectives) / self.chip.ici
 
     @property
@@ -130,7 +138,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the fields, the derived figures, the ten costliest operations."""
         found = asdict(replace(self, operations=self.operations[:10]))
-        derived = ("total_bytes", "seconds", "exposed_seconds", "mfu", "mfu_with_collectives")
+        derived = (
+            "total_bytes",
+            "images_per_chip",
+            "seconds",
+            "exposed_seconds",
+            "mfu",
+            "mfu_with_collectives",
+        )
         return found | {name: getattr(self, name) for name in derived}
 
 
@@ -283,7 +298,8 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
             "temporaries": stats.temp_size_in_bytes,
             "code": stats.generated_code_size_in_bytes,
         },
-        collectives=hlo.collectives(module),
+        collectives=timeline.collectives(module, chip.flops_per_cycle, chip.clock / chip.ici),
+        unknown_loops=hlo.unknown_loops(module),
         cycles=sum(o.cycles for o in operations),
         operations=operations,
         compile_seconds=seconds,
@@ -340,28 +356,34 @@ def print_report(script: str, compile_program: Callable[[], Report]) -> int:
 def describe(report: Report, top: int = 12) -> str:
     """The report as lines of text."""
     chip, gib = report.chip, 2**30
-    chips = int(np.prod(list(report.mesh.values())))
+    chips, tensor = int(np.prod(list(report.mesh.values()))), report.mesh.get("tensor", 1)
     lines = [
         f"program         {report.what}",
         f"chips           {chips} x {chip.name} ({report.topology}), mesh "
         + ", ".join(f"{axis} {size}" for axis, size in report.mesh.items()),
-        f"batch           {report.images} images per chip",
+        f"batch           {report.images_per_chip:g} images per chip"
+        + (f", {report.images} on every {tensor} that share their products" if tensor > 1 else ""),
         f"compile time    {report.compile_seconds:.0f} s",
         f"memory          {report.total_bytes / gib:.2f} GiB of {chip.hbm_gib:g} GiB per chip: "
         + ", ".join(f"{name} {size / gib:.2f}" for name, size in report.memory.items()),
         *(f"                {size / gib:8.3f} GiB {name}" for name, size in report.arguments.items()),
-        "collectives     count (overlapped), whole arrays, sent by a chip over a ring",
+        "collectives     count (with computation meanwhile), whole arrays, sent by a chip over a ring, waited for",
         *(
             f"                {c.kind:<19}{c.count:>5} ({c.asynchronous}) {c.bytes / 1e6:>10.1f} MB"
-            f"{c.wire_bytes / 1e6:>10.1f} MB"
+            f"{c.wire_bytes / 1e6:>10.1f} MB{c.exposed_bytes / 1e6:>10.1f} MB"
             for c in report.collectives
         ),
         f"FLOPs           {report.flops / 1e12:.2f} T per chip, at {chip.peak_flops / 1e12:.0f} TFLOP/s peak",
         f"estimate        {report.cycles / 1e6:.1f} M cycles at {chip.clock / 1e9:.2f} GHz = "
         f"{report.seconds * 1e3:.1f} ms: {report.mfu:.1%} of the peak, "
-        f"{report.images / report.seconds:.1f} images/s per chip, with all collectives hidden",
-        f"                {report.exposed_seconds * 1e3:.1f} ms of collectives that nothing overlaps (one axis "
-        f"of the torus, {chip.ici / 1e9:.0f} GB/s) on top: {report.mfu_with_collectives:.1%}",
+        f"{report.images_per_chip / report.seconds:.1f} images/s per chip, with all collectives hidden",
+        f"                {report.exposed_seconds * 1e3:.1f} ms of waiting for collectives (one axis of the "
+        f"torus, {chip.ici / 1e9:.0f} GB/s) on top: {report.mfu_with_collectives:.1%}",
+        *(
+            [f"lower bound     of all times: loops that run an unknown number of times count once: {loops}"]
+            if (loops := ", ".join(report.unknown_loops))
+            else []
+        ),
         f"operations      the {top} costliest of {len(report.operations)}",
     ]
     for op in report.operations[:top]:

@@ -1,4 +1,4 @@
-"""What a compiled TPU program says of itself: loops, collectives and the compiler's cycle estimates.
+"""What a compiled TPU program says of itself: loops, operations and the compiler's cycle estimates.
 
 Read from the text of the optimized HLO (`compiled.as_text()`). Only computations that run as such count: the
 entry and the bodies of loops, conditionals and calls, each as often as its loops run it. A fusion is one
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 COLLECTIVES = (
@@ -43,27 +42,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Module:
-    """Computations by name, and which of them is the entry."""
+    """Computations by name, which of them is the entry, and on how many devices the program runs."""
 
     computations: dict[str, list[Instruction]]
     entry: str
-
-
-@dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind, on one device in one run of the program.
-
-    Attributes: `count` executions, of which `asynchronous` overlap with computation; `bytes` their full arrays
-    (the gathered, or the one to be reduced); `wire_bytes` what a device sends over a ring, at least, of which
-    `exposed_bytes` by those that do not overlap.
-    """
-
-    kind: str
-    count: int
-    asynchronous: int
-    bytes: int
-    wire_bytes: float
-    exposed_bytes: float
+    devices: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,9 @@ def parse(text: str) -> Module:
             current.append(Instruction(match[2], match[3], match[4], match[5], bool(match[1])))
     if not entry:
         raise ValueError("the HLO text has no ENTRY computation")
-    return Module(computations, entry)
+    header = text.partition("\n")[0]
+    counts = re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", header)
+    return Module(computations, entry, math.prod(int(count) for count in counts))
 
 
 def shape_bytes(shape: str) -> int:
@@ -104,148 +89,117 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
-def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a while loop runs: as the compiler noted it, else the bound its condition compares with.
+def trip_count(module: Module, loop: Instruction) -> int | None:
+    """How often a while loop runs: as the compiler noted it, else by the counter that its condition bounds.
 
-    1 where neither says it.
+    None where neither says it.
     """
     known = re.search(r"known_trip_count\W+n\W+(\d+)", loop.text)
     if known:
         return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
-    lines = module.computations.get(condition[1], []) if condition else []
-    root = next((i for i in lines if i.is_root and i.opcode == "compare"), None)
-    if root and "direction=LT" in root.text:
-        for line in lines:
-            bound = re.match(r"(\d+)\)", line.text)
-            if line.opcode == "constant" and bound and re.search(rf"%?{re.escape(line.name)}\b", root.text):
-                return int(bound[1])
-    return 1
+    parts = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", loop.text))
+    lines = {line.name: line for line in module.computations.get(parts.get("condition", ""), ())}
+    root = next((line for line in lines.values() if line.is_root), None)
+    if root is None or root.opcode != "compare" or "direction=LT" not in root.text:
+        return None
+    counter, bound = (lines.get(name) for name in operands(root)[:2])
+    index = (
+        re.search(r"index=(\d+)", counter.text) if counter and counter.opcode == "get-tuple-element" else None
+    )
+    if index is None or bound is None:
+        return None
+    body = {line.name: line for line in module.computations.get(parts.get("body", ""), ())}
+    around = next(({i.name: i for i in of} for of in module.computations.values() if loop in of), {})
+    first = _element(around, around.get(operands(loop)[0]), int(index[1]))
+    after = _element(body, next((line for line in body.values() if line.is_root), None), int(index[1]))
+    step = 0
+    if after and after.opcode == "add":
+        step = next((n for n in (_constant(body, body.get(name)) for name in operands(after)) if n), 0)
+    start, end = _constant(around, first), _constant(lines, bound)
+    if start is None or end is None or step < 1:
+        return None
+    return max(math.ceil((end - start) / step), 0)
+
+
+def _element(lines: dict[str, Instruction], of: Instruction | None, index: int) -> Instruction | None:
+    """The instruction that makes element `index` of a tuple."""
+    made = of if of and of.opcode == "tuple" else None
+    return lines.get(operands(made)[index]) if made and index < len(operands(made)) else None
+
+
+def _constant(lines: dict[str, Instruction], line: Instruction | None) -> int | None:
+    """The whole number that an instruction is, or copies."""
+    while line and line.opcode in ("copy", "bitcast"):
+        line = lines.get(operands(line)[0])
+    number = re.match(r"(-?\d+)\)", line.text) if line and line.opcode == "constant" else None
+    return int(number[1]) if number else None
+
+
+def operands(line: Instruction) -> list[str]:
+    """Names of an instruction's operands."""
+    return re.findall(r"%?([A-Za-z_][\w.\-]*)", re.sub(r"/\*.*?\*/", "", line.text.partition(")")[0]))
+
+
+def unknown_loops(module: Module) -> list[str]:
+    """The loops that run an unknown number of times, and so count once."""
+    lines = (line for name in executions(module) for line in module.computations.get(name, ()))
+    return [line.name for line in lines if line.opcode == "while" and trip_count(module, line) is None]
 
 
 def executions(module: Module) -> Counter[str]:
-    """How often each computation runs as such, in one run of the program. Every branch counts as taken."""
+    """How often each computation runs as such, in one run of the program. Every branch counts as taken.
+
+    The body of a loop of `unknown_loops` counts once.
+    """
     times: Counter[str] = Counter()
 
     def visit(name: str, count: int) -> None:
         times[name] += count
         for line in module.computations.get(name, ()):
             if line.opcode == "while":
-                repeat = count * trip_count(module, line)
+                trips = trip_count(module, line)
+                repeat = count * (1 if trips is None else trips)
             elif line.opcode in ("call", "conditional"):
                 repeat = count
             else:
                 continue
-            for called in _called(line):
+            for called in called_by(line):
                 visit(called, repeat)
 
     visit(module.entry, 1)
     return times
 
 
-def operations(module: Module, flops_per_cycle: float) -> list[Operation]:
-    """Operations with their cycles, the costliest first.
+def cycles(line: Instruction, flops_per_cycle: float) -> int:
+    """The compiler's estimate of an operation; 0 for what has none.
 
-    Cycles are the compiler's estimate. A kernel (custom call) has none: it counts at the chip's peak for the
-    FLOPs that it states, which is too little.
+    A kernel (custom call) has none: it counts at the chip's peak for the FLOPs that it states, which is too little.
     """
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', line.text)
+    if estimate:
+        return int(estimate[1])
+    flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.text)
+    return round(int(flops[1]) / flops_per_cycle) if flops and line.opcode == "custom-call" else 0
+
+
+def operations(module: Module, flops_per_cycle: float) -> list[Operation]:
+    """Operations with their cycles, the costliest first."""
     found = []
     for name, times in executions(module).items():
         for line in module.computations.get(name, ()):
-            estimate = re.search(r'"estimated_cycles":"(\d+)"', line.text)
-            flops = re.search(r'"cost_estimate":\{"flops":"(\d+)"', line.text)
-            if estimate:
-                cycles = int(estimate[1])
-            elif line.opcode == "custom-call" and flops:
-                cycles = round(int(flops[1]) / flops_per_cycle)
-            else:
+            if not re.search(r'"(estimated_cycles|cost_estimate)":', line.text):
                 continue
             source = re.search(r'op_name="([^"]*)"', line.text)
-            op = Operation(
-                line.name, line.opcode, line.shape, source[1] if source else "", times, times * cycles
+            spent = times * cycles(line, flops_per_cycle)
+            found.append(
+                Operation(line.name, line.opcode, line.shape, source[1] if source else "", times, spent)
             )
-            found.append(op)
     return sorted(found, key=lambda o: -o.cycles)
 
 
-def collectives(module: Module) -> list[Collective]:
-    """Collectives by kind. One that the compiler spread over several fusions, to overlap it, counts once."""
-    rows: dict[str, list[float]] = {}
-    for name, times in executions(module).items():
-        spread: set[tuple[str, str | None]] = set()
-        for line, fusion in _with_fused(module, name):
-            kind = line.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
-                continue
-            overlaps = line.opcode.endswith("-start") or fusion == "async"
-            if fusion == "async":
-                channel = re.search(r"channel_id=(\d+)", line.text)
-                key = (kind, channel[1] if channel else None)
-                if key in spread:
-                    continue
-                spread.add(key)
-            group = group_size(line.text)
-            size = _whole_bytes(line, kind, group)
-            if kind == "all-reduce" and fusion == "scatter":
-                kind = "reduce-scatter"
-            wire = size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
-            if kind == "collective-permute":
-                wire = size
-            row = rows.setdefault(kind, [0, 0, 0, 0, 0])
-            for i, value in enumerate((1, int(overlaps), size, wire, 0 if overlaps else wire)):
-                row[i] += times * value
-    return [
-        Collective(kind, int(row[0]), int(row[1]), int(row[2]), row[3], row[4])
-        for kind, row in sorted(rows.items())
-    ]
-
-
-def group_size(text: str) -> int:
-    """Devices that take part in a collective together, from its replica_groups."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(part.split("=") for part in match[1].split(","))
-        return math.prod(int(sizes[axis.split(":")[0]]) for axis in match[2].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return match[1].count(",") + 1
-    return 1
-
-
-def _whole_bytes(line: Instruction, kind: str, group: int) -> int:
-    size = shape_bytes(line.shape)
-    if line.opcode == "all-gather-start":  # (operands, results)
-        return size * group // (group + 1)
-    if kind == "collective-permute" and line.opcode.endswith("-start"):  # (operand, result, context)
-        return size // 2
-    return size * group if kind == "reduce-scatter" else size
-
-
-def _called(line: Instruction) -> list[str]:
+def called_by(line: Instruction) -> list[str]:
     """Names of the computations that an instruction runs, without a loop's condition."""
     names = _CALLED.findall(line.text)
     for branches in _BRANCHES.findall(line.text):
         names += [name.strip().lstrip("%") for name in branches.split(",")]
     return names
-
-
-def _with_fused(module: Module, name: str, fusion: str = "") -> Iterator[tuple[Instruction, str]]:
-    """The instructions of a computation and of its fusions, each with the kind of fusion it lies in.
-
-    "async" where the compiler overlaps the collective with other work in several fusions, "scatter" where an
-    all-reduce and the slice of its result are one reduce-scatter, "" elsewhere.
-    """
-    for line in module.computations.get(name, ()):
-        yield line, fusion
-        if line.opcode not in ("fusion", "async-start"):
-            continue
-        for called in _called(line):
-            inside = module.computations.get(called, ())
-            kind = "async" if line.opcode == "async-start" else fusion
-            if called.startswith("all-reduce-scatter"):
-                kind = "scatter"
-            elif any("AsyncCollective" in i.text for i in inside) or any(
-                i.opcode in COLLECTIVES for i in inside
-            ):
-                kind = "async"
-            yield from _with_fused(module, called, kind)

@@ -24,9 +24,14 @@ from dit_jax.models.blocks import MODULATIONS
 # first match counts). A TPU v7x chip shows as two devices.
 PEAK_FLOPS = (
     ("h100 pcie", 756e12),
+    ("h100 nvl", 835e12),
+    ("h200 nvl", 835e12),
     ("h100", 989e12),
-    ("h200", 989e12),
+    ("h200", 989e12),  # and GH200
+    ("gb200", 2500e12),
+    ("gb300", 2500e12),
     ("b200", 2250e12),
+    ("b300", 2250e12),
     ("a100", 312e12),
     ("l40s", 362e12),
     ("tpu v4", 275e12),

@@ -77,10 +77,12 @@ def prepare(args: Prepare) -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     import jax
 
+    from dit_jax.compiler import keep_compiled_programs
     from dit_jax.data import encode, encoders, sources
     from dit_jax.data.inspection import describe
     from dit_jax.data.metadata import DataError
 
+    keep_compiled_programs()
     if args.source == "digits" and args.mirrors:
         raise DataError(
             "--mirrors is on, but a mirrored digit is none; expected --no-mirrors with --source digits"
@@ -113,6 +115,7 @@ def prepare(args: Prepare) -> None:
 
 def inspect(args: Inspect) -> None:
     """Check the dataset, and draw it."""
+    from dit_jax.compiler import keep_compiled_programs
     from dit_jax.data import inspection
     from dit_jax.data.latents import LatentDataset
     from dit_jax.data.metadata import DataError
@@ -120,6 +123,7 @@ def inspect(args: Inspect) -> None:
 
     if args.count < 1:
         raise DataError(f"--count is {args.count}; expected 1 or more")
+    keep_compiled_programs()
     dataset = LatentDataset(args.dir)
     sheet = args.out or args.dir.with_name(f"{args.dir.name}.png")
     check_file("--out", sheet)

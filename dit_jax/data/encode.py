@@ -3,8 +3,8 @@ processes.
 
 A shard's bytes are a pure function of (recipe, shard index). It is written beside the others under another
 name and renamed when whole, after its facts (counts, sums, checksum) are on disk; whichever process sees all
-shards whole gathers the facts into metadata.json, which makes the dataset visible. So it needs no
-coordinator, and whatever was killed, a rerun gives the same files.
+shards whole gathers the facts into metadata.json, which makes the dataset visible. Processes that would make the
+same shards take turns. So it needs no coordinator, and whatever was killed, a rerun gives the same files.
 
 Legend: B images encoded at once, M views (1, or 2: image and mirror), h, w latent height and width, c
 channels.
@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from dit_jax.data.claims import FIRST_SHARD, RECIPE, claimed
 from dit_jax.data.crop import CROP
 from dit_jax.data.decode import Example, decoded
 from dit_jax.data.encoders import Encoder, Moments
@@ -36,15 +36,15 @@ from dit_jax.data.metadata import (
     MomentsType,
     load_metadata,
     recipe,
-    serialize,
-    shard_name,
     write_tfds_metadata,
 )
+from dit_jax.data.shards import UNFINISHED, ShardWriter, drop_partial, facts_file, is_whole
 from dit_jax.data.sources import Source
 from dit_jax.files import check_folder, sync_folder, write_whole
 
-UNFINISHED = ".unfinished"  # folder of the recipe, the finished shards' facts and files being written
+OPTION = "--out, the dataset's folder,"
 RECIPE_FILE = "recipe.json"
+CLAIMS_FILE = "claims"
 
 
 def prepare(
@@ -70,7 +70,7 @@ def prepare(
 
     Returns the metadata of the finished dataset, or None while other processes' shards are missing. Raises
     DataError for an image that cannot be decoded (unless skip_bad), for moments that are not finite in
-    `dtype`, and where the folder holds a dataset of another recipe.
+    `dtype`, where the folder holds a dataset of another recipe and where it cannot be written.
     """
     for option, value, least in (
         ("--batch-size", batch_size, 1), ("--shard-size", shard_size, 1), ("--workers", workers, 0),
@@ -81,17 +81,19 @@ def prepare(
         raise DataError(f"--process-index is {process_index}; expected 0 to {process_count - 1}")
     plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size)
     out = pathlib.Path(directory)
-    if (out / METADATA_FILE).is_file():
-        found = load_metadata(out)
-        _require_same(plan, recipe(found), out, "a finished dataset")
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # a killed run may have left it
-        return found
-    _start(out, plan)
-    mine = [i for i in range(process_index, plan.num_shards, process_count) if not _is_whole(out, i, plan)]
-    _encode_shards(out, plan, mine, source, encoder, skip_bad, workers)
-    if all(_is_whole(out, i, plan) for i in range(plan.num_shards)):
-        return _finish(out, plan)
-    return load_metadata(out) if (out / METADATA_FILE).is_file() else None
+    mine = range(process_index, plan.num_shards, process_count)
+    try:
+        metadata = _look(out, plan) or _make(out, plan, mine, source, encoder, skip_bad, workers)
+    except OSError as error:
+        metadata = _look(out, plan)  # another process may have finished the same dataset and cleared up
+        if metadata is None:
+            raise DataError(
+                f"{OPTION} is {os.fspath(out)!r}, where a file cannot be written ({error}); expected a folder with "
+                "room: the same command then goes on"
+            ) from None
+    if metadata:
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # of this run or of one that was killed
+    return metadata
 
 
 def _plan(
@@ -136,17 +138,51 @@ def _plan(
 # -------------------------------------------------------------------------------------- start, finish
 
 
-def _start(out: pathlib.Path, plan: LatentMetadata) -> None:
-    """Make the folder, or check that the unfinished dataset in it has the same recipe."""
+def _look(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata | None:
+    """The finished dataset in the folder, None where it is yet to be made; DataError for one of another recipe."""
+    if (out / METADATA_FILE).is_file():
+        found = load_metadata(out)
+        _require_same(plan, recipe(found), out, "a finished dataset")
+        return found
     file = out / UNFINISHED / RECIPE_FILE
-    if not file.is_file():
-        if out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
-            raise DataError(
-                f"{out} is not empty and holds no dataset of ours; expected a new or an empty folder"
-            )
-        check_folder("the dataset's folder", file.parent)
-        write_whole(file, json.dumps(recipe(plan), indent=2) + "\n")
-    _require_same(plan, json.loads(file.read_text()), out, "an unfinished dataset")
+    if file.is_file():
+        _require_same(plan, json.loads(file.read_text()), out, "an unfinished dataset")
+    elif out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
+        if (out / METADATA_FILE).is_file():  # finished in this moment, by another process
+            return _look(out, plan)
+        raise DataError(f"{out} is not empty and holds no dataset of ours; expected a new or an empty folder")
+    return None
+
+
+def _make(
+    out: pathlib.Path,
+    plan: LatentMetadata,
+    mine: Sequence[int],
+    source: Source,
+    encoder: Encoder,
+    skip_bad: bool,
+    workers: int,
+) -> LatentMetadata | None:
+    """Encode the shards `mine` where they are missing, and finish the dataset if none is missing then.
+
+    Another process that makes the same shards is waited for: what it has done need not be done again.
+    """
+    check_folder(OPTION, out)
+    (out / UNFINISHED).mkdir(exist_ok=True)
+    claims = out / UNFINISHED / CLAIMS_FILE
+    with claimed(claims, [RECIPE]):
+        if _look(out, plan) is None and not (out / UNFINISHED / RECIPE_FILE).is_file():
+            write_whole(out / UNFINISHED / RECIPE_FILE, json.dumps(recipe(plan), indent=2) + "\n")
+    with claimed(claims, [FIRST_SHARD + i for i in mine]) as alone:
+        if metadata := _look(out, plan):
+            return metadata
+        missing = [i for i in mine if not is_whole(out, i, plan)]
+        if alone:
+            drop_partial(out, missing)
+        _encode_shards(out, plan, missing, source, encoder, skip_bad, workers)
+        if all(is_whole(out, i, plan) for i in range(plan.num_shards)):
+            return _finish(out, plan)
+    return _look(out, plan)
 
 
 def _require_same(plan: LatentMetadata, found: dict[str, Any], out: pathlib.Path, what: str) -> None:
@@ -160,32 +196,18 @@ def _require_same(plan: LatentMetadata, found: dict[str, Any], out: pathlib.Path
             )
 
 
-def _is_whole(out: pathlib.Path, index: int, plan: LatentMetadata) -> bool:
-    return (out / shard_name(index, plan.num_shards)).is_file() and _facts_file(out, index).is_file()
-
-
-def _facts_file(out: pathlib.Path, index: int) -> pathlib.Path:
-    return out / UNFINISHED / f"shard-{index:05d}.json"
-
-
 def _finish(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata:
     """Gather the shards' facts into the metadata; metadata.json comes last and makes the dataset visible."""
-    try:
-        facts = [json.loads(_facts_file(out, i).read_text()) for i in range(plan.num_shards)]
-        metadata = _gather(plan, facts)
-        staging = out / UNFINISHED / f"finish-{secrets.token_hex(4)}"
-        staging.mkdir()
+    facts = [json.loads(facts_file(out, i).read_text()) for i in range(plan.num_shards)]
+    metadata = _gather(plan, facts)
+    with tempfile.TemporaryDirectory(dir=out / UNFINISHED, prefix="finish-") as folder:
+        staging = pathlib.Path(folder)
         write_tfds_metadata(staging, metadata)
         for file in sorted(staging.iterdir()):
             os.replace(file, out / file.name)
         write_whole(staging / METADATA_FILE, metadata.to_json())
         os.replace(staging / METADATA_FILE, out / METADATA_FILE)
-        sync_folder(out)
-    except FileNotFoundError:
-        if not (out / METADATA_FILE).is_file():
-            raise
-        metadata = load_metadata(out)  # another process has just finished the same dataset
-    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    sync_folder(out)
     return metadata
 
 
@@ -235,7 +257,7 @@ def _encode_shards(
     encode = encoder.compile(plan.mirrors, plan.dtype)
     ranges = [range(i * plan.shard_size, min((i + 1) * plan.shard_size, len(source))) for i in shards]
     total = sum(map(len, ranges))
-    writer: _ShardWriter | None = None
+    writer: ShardWriter | None = None
     waiting: collections.deque[tuple[_Batch, Any]] = collections.deque()
     indices = [index for part in ranges for index in part]
     with (
@@ -245,7 +267,7 @@ def _encode_shards(
 
         def write(batch: _Batch, moments: Any) -> None:
             nonlocal writer
-            writer = writer or _ShardWriter(out, plan, batch.shard)
+            writer = writer or ShardWriter(out, plan, batch.shard)
             writer.write(batch.examples, np.asarray(moments))
             bar.update(len(batch.examples))
             if batch.last:
@@ -291,68 +313,3 @@ def _start_encoding(encode: Moments, batch: _Batch, size: int, side: int) -> Any
     if good:
         images[: len(good)] = good
     return encode(images)
-
-
-class _ShardWriter:
-    """One shard being written; `close` makes it visible."""
-
-    def __init__(self, out: pathlib.Path, plan: LatentMetadata, index: int):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        self._out, self._plan, self._index = out, plan, index
-        self._file = out / UNFINISHED / f"shard-{index:05d}-{secrets.token_hex(4)}"
-        # One record per chunk for random access; moments are noise to a compressor.
-        self._writer = ArrayRecordWriter(os.fspath(self._file), "group_size:1,uncompressed")
-        self._count = 0
-        self._skipped: list[tuple[str, str]] = []
-        self._sums = np.zeros(
-            (2, 2 * plan.latent_shape[2])
-        )  # of the moments and of their squares, per channel
-
-    def write(self, examples: Sequence[Example], moments: np.ndarray) -> None:
-        """Add a batch: examples with an image take the rows of moments (B, M, h, w, 2c) in order."""
-        good = [example for example in examples if not example.problem]
-        self._skipped += [(example.id, example.problem) for example in examples if example.problem]
-        moments = moments[: len(good)]
-        finite = np.isfinite(moments).all(axis=(1, 2, 3, 4))
-        if not finite.all():
-            raise DataError(
-                f"the moments of {good[int(np.argmin(finite))].id} are not finite in {self._plan.dtype}; "
-                "expected finite numbers: try --dtype float32 and --precision float32"
-            )
-        for example, row in zip(good, moments, strict=True):
-            if not 0 <= example.label < max(1, self._plan.num_classes):
-                raise DataError(
-                    f"{example.id} has label {example.label}; expected 0 to {self._plan.num_classes - 1}"
-                )
-            self._writer.write(serialize(example.id, example.label, row))
-        self._count += len(good)
-        values = moments.reshape(len(good), -1, moments.shape[-1]).astype(np.float32)  # (B, M h w, 2c)
-        totals = (np.sum(x, axis=1, dtype=np.float64) for x in (values, np.square(values)))  # each (B, 2c)
-        # Image after image, so that the sums' last bits do not depend on how many come in one call.
-        for total, square in zip(*totals, strict=True):
-            self._sums[0] += total
-            self._sums[1] += square
-
-    def close(self) -> None:
-        """Put the shard's facts on disk, then give the file its name."""
-        self._writer.close()
-        with open(self._file, "rb") as file:
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-        facts = {
-            "count": self._count,
-            "bytes": self._file.stat().st_size,
-            "sha256": checksum,
-            "skipped": self._skipped,
-            "sum": self._sums[0].tolist(),
-            "sum_of_squares": self._sums[1].tolist(),
-        }
-        write_whole(_facts_file(self._out, self._index), json.dumps(facts) + "\n")
-        os.replace(self._file, self._out / shard_name(self._index, self._plan.num_shards))
-        sync_folder(self._out)
-
-    def abandon(self) -> None:
-        """Drop the shard after an error."""
-        self._writer.close()
-        self._file.unlink(missing_ok=True)

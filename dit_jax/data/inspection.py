@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 
@@ -104,12 +106,17 @@ def sample_sheet(
         if weights_hash(place) != m.vae_hash:
             raise DataError(f"{place} is not the autoencoder of this dataset ({m.vae}): its weights differ")
         model, params = load_autoencoder_kl(place)
-    except OSError as error:
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
         raise DataError(f"{error}; --vae names the place of the dataset's autoencoder") from None
     rows = np.unique(np.linspace(0, m.count - 1, min(count, m.count)).astype(np.int64))
     moments = dataset.read(rows)["moments"]  # (n, M, h, w, 2c)
     mean = np.split(moments.astype(np.float32), 2, axis=-1)[0]
-    pictures = [
-        to_uint8(np.asarray(model.apply({"params": params}, views, method="decode"))) for views in mean
-    ]
+
+    @jax.jit
+    def decode(params: Any, z: jax.Array) -> Any:
+        return model.apply({"params": params}, z, method="decode")
+
+    pictures = [to_uint8(np.asarray(decode(params, views))) for views in mean]
     save_grid(file, np.concatenate(pictures), COLUMNS)

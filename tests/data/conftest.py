@@ -1,4 +1,6 @@
-"""A fake encoder and a small source: a VAE's shapes without a VAE's work."""
+"""A fake encoder and a small source: a VAE's shapes without a VAE's work; a disk of a few hundred KB."""
+
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -62,3 +64,21 @@ def random_source():
 def moments_of():
     """A function (source, mirrors, dtype) that gives what a dataset of it should hold."""
     return expected_moments
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, and a function that makes the disk so large (such as "300k")."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs the right to mount a tmpfs, as root has it: {error}")
+
+    def resize(size):
+        subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
+
+    yield folder, resize
+    subprocess.run(["umount", "-l", folder], check=True)

@@ -145,6 +145,23 @@ def test_an_interruption_changes_nothing(source, fake_encoder, dataset, tmp_path
     assert contents(out) == contents(tmp_path / "other")
 
 
+def test_one_that_another_overtakes_ends_with_the_same_dataset(source, fake_encoder, dataset, tmp_path):
+    """As where the file system has no locks: the other one finishes first and clears up."""
+    out, options = tmp_path / "set", {"image_size": 16, "shard_size": 16, "batch_size": 2}
+
+    def overtaken(mirrors, dtype):
+        def moments(images):
+            if not (out / "metadata.json").exists():
+                prepare(source, fake_encoder(), out, **options)
+            return good(images)
+
+        good = fake_encoder().compile(mirrors, dtype)
+        return moments
+
+    assert prepare(source, fake_encoder(compile=overtaken), out, **options) == dataset.metadata
+    assert contents(out) == contents(dataset.directory)
+
+
 def test_a_finished_dataset_is_left_alone(source, fake_encoder, dataset):
     before = contents(dataset.directory)
     found = prepare(source, fake_encoder(), dataset.directory, image_size=16, shard_size=16, batch_size=2)

@@ -20,20 +20,38 @@ from dit_jax.data.metadata import DataError, load_metadata
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARDS = 30
+STARTED: list[subprocess.Popen] = []
 
 
-def command(*args, devices=2):
-    """prepare.py in a process of its own, with so many virtual devices; only the first compiles."""
+def command(*args, devices=2, cache=None):
+    """prepare.py in a process of its own, with so many virtual devices; only the first compiles.
+
+    cache: the user's folder for caches, if programs are to be kept there and not in that of the tests.
+    """
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return subprocess.Popen(
+    if cache:
+        del env["JAX_COMPILATION_CACHE_DIR"]
+        env["XDG_CACHE_HOME"] = str(cache)
+    process = subprocess.Popen(
         [sys.executable, ROOT / "prepare.py", *map(str, args)],
         cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_running():
+    """Ends what a failing test has left."""
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
 
 
 def finished(process):
@@ -108,6 +126,53 @@ def test_two_processes_at_once_are_equal_to_one(options, reference, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_same_command_at_once_takes_turns_and_outlives_a_killed_one(options, reference, tmp_path):
+    """The first is halted while it holds its shards, two more start, the first is killed: one goes on, one waits."""
+    out = tmp_path / "set"
+    first = command("--out", out, *options)
+    while not list(out.glob("latents-*")):
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)
+    written = {path: path.stat().st_mtime_ns for path in out.glob("latents-*")}
+    assert len(written) < SHARDS
+    others = [command("--out", out, *options) for _ in range(2)]
+    for other in others:
+        said = next((line for line in other.stdout if "waiting for another process" in line), "")
+        assert str(out) in said
+    first.kill()
+    first.communicate()
+    for other in others:
+        assert "done" in finished(other)
+    assert contents(out) == contents(reference)
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(options, reference, small_disk):
+    folder, resize = small_disk
+    out = folder / "set"
+    process = command("--out", out, *options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert "Traceback" not in output
+    said = output.strip().splitlines()[-1]
+    assert said.startswith(f"prepare.py: --out, the dataset's folder, is '{out}'")
+    assert "No space left on device" in said
+    written = {path: path.stat().st_mtime_ns for path in out.glob("latents-*")}
+    assert 1 <= len(written) < SHARDS
+    for path in written:
+        assert path.read_bytes() == (reference / path.name).read_bytes()
+    assert not list((out / UNFINISHED).glob("shard-*-*"))  # what was being written
+    assert not list((out / UNFINISHED).glob(".*"))
+
+    resize("8m")
+    finished(command("--out", out, *options))
+    assert contents(out) == contents(reference)
+    assert all(path.stat().st_mtime_ns == when for path, when in written.items())
+
+
+@pytest.mark.slow
 def test_a_bad_option_is_one_sentence_and_exit_code_two(tmp_path):
     process = command("--source", "folder:/no/such", "--out", tmp_path / "set", "--vae", "digits")
     output, _ = process.communicate(timeout=120)
@@ -135,10 +200,22 @@ def test_a_sheet_of_no_samples_is_refused(monkeypatch, capsys):
     assert capsys.readouterr().err == "prepare.py: --count is 0; expected 1 or more\n"
 
 
+def test_programs_are_kept_for_the_next_command(monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr("dit_jax.compiler.keep_compiled_programs", lambda: kept.append(True))
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the command adds to it
+    main = runpy.run_path(str(ROOT / "prepare.py"))["main"]
+    for args in (["--source", "ftp:x", "--out", "nowhere"], ["inspect", "nowhere"]):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
+        assert main() == 2
+    assert kept == [True, True]
+
+
 @pytest.mark.slow
 def test_inspect_prints_checks_and_draws(reference, tmp_path):
     sheet = tmp_path / "sheet.png"
-    output = finished(command("inspect", reference, "--out", sheet, "--count", 6))
+    output = finished(command("inspect", reference, "--out", sheet, "--count", 6, cache=tmp_path / "cache"))
+    assert list((tmp_path / "cache").rglob("jit_decode-*"))  # the next one need not compile it
     for expected in (
         "npz:images.npz",
         "475 records in 30 shards",
@@ -171,8 +248,13 @@ def rewrite(folder, **changes):
     (folder / "metadata.json").write_text(changed.to_json())
 
 
-def test_check_accepts_a_good_dataset(small_set):
-    inspection.check(LatentDataset(small_set))
+def test_check_accepts_a_good_dataset_after_it_has_read_every_record(small_set, monkeypatch):
+    dataset, asked = LatentDataset(small_set), []
+    read = dataset.read
+    monkeypatch.setattr(inspection, "CHUNK", 8)
+    monkeypatch.setattr(dataset, "read", lambda rows: asked.extend(rows.tolist()) or read(rows))
+    inspection.check(dataset)
+    assert sorted(asked) == list(range(20))
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ c latent channels.
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +40,7 @@ class LatentDataset:
                     f"{shard} has {found} bytes; metadata.json says {size}: prepare the dataset again"
                 )
         self._ends = np.cumsum(m.shard_counts)
-        self._readers: list = [None] * m.num_shards
+        self._reader = _readers()
         self._views = m.moments_shape[0] if mirror else 1
         if len(self):
             # A damaged set shows at once; and what reading imports is imported here, in one thread: TFDS imports
@@ -100,17 +103,8 @@ class LatentDataset:
                 yield row, parse(record)
 
     def _read_shard(self, shard: int, positions: np.ndarray) -> Sequence[bytes]:
-        from array_record.python.array_record_module import ArrayRecordReader
-
-        reader = self._readers[shard]
-        if reader is None:  # two threads may both open it: the later one stays, both read right
-            reader = ArrayRecordReader(
-                os.fspath(self.shards[shard]),
-                options="readahead_buffer_size:0",
-                file_reader_buffer_size=32768,
-            )
-            self._readers[shard] = reader
         try:
+            reader = self._reader(os.fspath(self.shards[shard]))
             # One range per record costs a third of the CPU time of one list of positions, which wakes the
             # library's thread pool for each; the loader's threads read in parallel anyway.
             return [record for at in positions.tolist() for record in reader.read(at, at + 1)]
@@ -118,7 +112,29 @@ class LatentDataset:
             raise DataError(f"{self.shards[shard]} cannot be read: {error}") from None
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_readers": [None] * len(self._readers)}
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _reader=_readers())
+
+
+def _readers() -> Callable[[str], Any]:
+    """A function that gives a file's open reader, the same one to all threads.
+
+    No more stay open than half of the files that this process may open; the one unused for longest goes first. Its
+    file closes when the last thread that still reads from it lets go.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return functools.lru_cache(max(1, files // 2) if files != resource.RLIM_INFINITY else None)(_open)
+
+
+def _open(file: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+    if not reader.ok():
+        reader.close()  # raises what was wrong
+    return reader
 
 
 def draw_latents(
@@ -179,7 +195,10 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
     if config.data.vae:
         from dit_jax.interop.diffusers import weights_hash
 
-        wanted = weights_hash(config.data.vae)
+        try:
+            wanted = weights_hash(config.data.vae)
+        except OSError as error:
+            raise ConfigError(f"--data.vae: {error}") from None
         if wanted != metadata.vae_hash:
             raise ConfigError(
                 f"{where} was encoded by {metadata.vae} with weights {metadata.vae_hash[:12]}; "

@@ -5,12 +5,17 @@ Legend: B global batch, n records, M views, h, w latent height and width, c late
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import functools
 import itertools
 import os
+import pathlib
+import platform
 import sys
+import threading
+import zlib
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex
 
@@ -21,25 +26,75 @@ from jax.sharding import NamedSharding
 
 from dit_jax.config import ConfigError
 from dit_jax.data.latents import LatentDataset
+from dit_jax.memory import host_memory
 
 Cache = Literal["none", "ram", "device"]
 Batch = dict[str, jax.Array]
+
+BATCHES_PLACED = 2  # on the devices, ahead of the step
 
 
 # --------------------------------------------------------------------------------------------- order
 
 
-@functools.lru_cache(maxsize=3)  # a batch may straddle two epochs
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """A permutation (n,) of the records, without replacement: a pure function of its arguments.
+    """A permutation (n,) of the records, without replacement: a pure function of its arguments, kept for a while.
 
     Sorting the counter-based generator's raw words keeps the order fixed: NumPy promises the stream of a bit
     generator, but not that of `Generator.permutation`.
     """
+    return _orders(seed, epoch, n)
+
+
+def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
     words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
     order = np.argsort(words, kind="stable")
-    order.flags.writeable = False  # the cache hands the same array to every caller
+    order.flags.writeable = False  # every caller gets the same array
     return order
+
+
+class _Orders:
+    """Computes each epoch's order once, however many threads ask for it, and the next epoch's ahead of its time."""
+
+    KEPT = 4  # a batch may straddle two epochs, while other threads are still in the one before
+    AHEAD = 2**16  # records from which on a step would notice the wait for an order
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: collections.OrderedDict[tuple[int, int, int], Future[np.ndarray]] = (
+            collections.OrderedDict()
+        )
+
+    def __call__(self, seed: int, epoch: int, n: int) -> np.ndarray:
+        future, is_new = self._find(seed, epoch, n)
+        if is_new:
+            _fulfil(future, seed, epoch, n)
+        order = future.result()
+        if n >= self.AHEAD:
+            future, is_new = self._find(seed, epoch + 1, n)
+            if is_new:
+                threading.Thread(target=_fulfil, args=(future, seed, epoch + 1, n), daemon=True).start()
+        return order
+
+    def _find(self, *key: int) -> tuple[Future[np.ndarray], bool]:
+        """The promise of an order, and whether it is the caller who has to keep it."""
+        with self._lock:
+            is_new = key not in self._kept
+            future = self._kept.setdefault(key, Future())  # type: ignore[arg-type]
+            self._kept.move_to_end(key)  # type: ignore[arg-type]
+            if len(self._kept) > self.KEPT:
+                self._kept.popitem(last=False)
+        return future, is_new
+
+
+def _fulfil(future: Future[np.ndarray], seed: int, epoch: int, n: int) -> None:
+    try:
+        future.set_result(_shuffled(seed, epoch, n))
+    except BaseException as error:  # out of memory: whoever waits hears of it
+        future.set_exception(error)
+
+
+_orders = _Orders()
 
 
 def batch_indices(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -85,7 +140,8 @@ def batches(
     set in host memory ("ram") or on every device ("device"). workers: threads that read ahead, 0 chosen by
     the machine. Close the generator (`contextlib.closing`) to stop its threads.
 
-    Raises ConfigError where the batch does not split over the devices, the set is empty or does not fit.
+    Raises ConfigError where the batch does not split over the devices, the set is empty, or set or batches do not
+    fit into memory.
     """
     if len(dataset) == 0:
         raise ConfigError(f"{dataset!r} is empty; expected at least one record")
@@ -95,6 +151,7 @@ def batches(
         raise ConfigError(
             f"--train.batch-size is {batch_size}, which does not split evenly: {error}"
         ) from None
+    check_memory(dataset, batch_size, cache, workers)
     order = Order(seed, batch_size, len(dataset), start_step)
     if cache == "device":
         return _device_batches(_on_device(dataset, sharding), order, sharding)
@@ -139,7 +196,7 @@ def _streamed_batches(steps: _Steps, sharding: NamedSharding, workers: int) -> G
     """Threads read whole batches ahead; one more copies them to the devices, two batches ahead of the step."""
     import grain
 
-    workers = workers or max(2, min(16, os.cpu_count() or 1))  # more of them only wait for each other
+    workers = _readers(workers)
     read = grain.MapDataset.source(steps).to_iter_dataset(
         grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
     )
@@ -150,9 +207,63 @@ def _streamed_batches(steps: _Steps, sharding: NamedSharding, workers: int) -> G
             for name, data in batch.items()
         }
 
-    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(read.map(place), prefetch_buffer_size=2))
+    iterator = iter(
+        grain.experimental.ThreadPrefetchIterDataset(read.map(place), prefetch_buffer_size=BATCHES_PLACED)
+    )
     with contextlib.closing(iterator):
         yield from iterator
+
+
+def _readers(workers: int) -> int:
+    """Threads that read ahead."""
+    return workers or max(2, min(16, os.cpu_count() or 1))  # more of them only wait for each other
+
+
+# -------------------------------------------------------------------------------------------- memory
+
+
+def check_memory(dataset: LatentDataset, batch_size: int, cache: Cache = "none", workers: int = 0) -> None:
+    """Raise ConfigError where the set that is cached, or the batches read ahead, are more than a host's memory.
+
+    Every process holds its own copy of a cached set, so those of a host are counted together. All processes of a
+    run must call this, and all get the same answer.
+    """
+    size = len(dataset) * dataset.record_bytes
+    copies = {"none": 0, "ram": 1, "device": 1}[cache]
+    if cache == "device" and jax.default_backend() == "cpu":
+        copies += jax.local_device_count()  # whose memory is the host's
+    share = -(-batch_size // jax.process_count())
+    ahead = 0 if cache == "device" else _readers(workers) + BATCHES_PLACED
+    processes, room = _host()
+    in_all = f" in {processes} processes on a host" if processes > 1 else ""
+    if size * copies * processes > room:
+        raise ConfigError(
+            f"--data.cache is {cache}, which needs {size * copies * processes / 1e9:.1f} GB for {dataset!r}{in_all}, "
+            f"but there are {room / 1e9:.1f} GB; expected none or a smaller set"
+        )
+    if share * dataset.record_bytes * ahead * processes > room:
+        raise ConfigError(
+            f"--train.batch-size is {batch_size}, of which {ahead} are in memory at once: "
+            f"{share * dataset.record_bytes * ahead * processes / 1e9:.1f} GB{in_all}, but there are "
+            f"{room / 1e9:.1f} GB; expected a smaller batch"
+        )
+
+
+def _host() -> tuple[int, int]:
+    """(processes of this run, bytes of memory) of the host with the least memory for each of its processes."""
+    if jax.process_count() == 1:
+        return 1, host_memory()
+    from jax.experimental import multihost_utils
+
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()  # two hosts may have one name
+    except OSError:
+        boot = ""
+    mine = np.array([zlib.crc32(f"{boot}{platform.node()}".encode()), host_memory() >> 20], np.uint32)
+    hosts, memory = np.transpose(multihost_utils.process_allgather(mine)).tolist()
+    counts = [hosts.count(host) for host in hosts]
+    least = min(range(len(hosts)), key=lambda i: memory[i] / counts[i])
+    return counts[least], memory[least] << 20
 
 
 # --------------------------------------------------------------------------------------------- cache
@@ -162,7 +273,6 @@ class _InMemory:
     """The whole set in host memory."""
 
     def __init__(self, dataset: LatentDataset):
-        _require_fits("ram", dataset, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         chunk = max(1, 2**24 // dataset.record_bytes)
         self.data = {
             "moments": np.empty((len(dataset), *dataset.record_shape), dataset.metadata.dtype),
@@ -184,22 +294,19 @@ def _on_device(dataset: LatentDataset, sharding: NamedSharding) -> Batch:
     """The whole set, copied to every device of the mesh."""
     for device in sharding.addressable_devices:
         stats = device.memory_stats() or {}  # type: ignore[attr-defined]
-        _require_fits("device", dataset, stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0))
+        room = stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0)
+        size = len(dataset) * dataset.record_bytes
+        if size > room:
+            raise ConfigError(
+                f"--data.cache is device, which needs {size / 1e9:.1f} GB for {dataset!r}, but a device has "
+                f"{room / 1e9:.1f} GB left; expected none, ram or a smaller set"
+            )
     everywhere = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     data = _InMemory(dataset).data
     return {
         name: jax.make_array_from_callback(value.shape, everywhere, value.__getitem__)
         for name, value in data.items()
     }
-
-
-def _require_fits(cache: str, dataset: LatentDataset, room: int) -> None:
-    size = len(dataset) * dataset.record_bytes
-    if size > room:
-        raise ConfigError(
-            f"--data.cache is {cache}, which needs {size / 1e9:.1f} GB for {dataset!r}, "
-            f"but there are {room / 1e9:.1f} GB; expected none or a smaller set"
-        )
 
 
 def _device_batches(data: Batch, order: Order, sharding: NamedSharding) -> Generator[Batch]:

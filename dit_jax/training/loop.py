@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dit_jax.config import Config
 from dit_jax.data.latents import LatentDataset, open_dataset
-from dit_jax.data.loader import batches
+from dit_jax.data.loader import batches, check_memory
 from dit_jax.files import check_folder
 from dit_jax.training.checkpoint import Checkpoints, say
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
@@ -50,6 +50,12 @@ def train(config: Config) -> TrainState:
     check_workdir(config, workdir)
     mesh = make_mesh(config.mesh)
     dataset = open_dataset(config)
+    check_memory(dataset, config.train.batch_size, config.data.cache, config.data.workers)
+    if config.train.batch_size > len(dataset):
+        say(
+            f"--train.batch-size is {config.train.batch_size}, but the dataset has {len(dataset)} records: "
+            "a step takes some of them more than once"
+        )
     metadata = dataset.metadata
     program = build_program(
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor

@@ -23,7 +23,7 @@ from dit_jax.training.checkpoint import CheckpointError
 # Options that may change when a run goes on; any other makes it another run.
 HARMLESS = {
     "model": {"attention", "remat", "unroll"},
-    "data": {"dir", "source", "cache", "workers"},
+    "data": {"dir", "source", "cache", "workers", "vae"},  # another VAE is another dataset, which is refused
     "mesh": {"preset", "data", "fsdp", "tensor"},
     "train": {
         "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",

@@ -13,10 +13,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config, ConfigError, DataConfig, ModelConfig, parse_args, to_json
-from dit_jax.data import latents
+from dit_jax.data import latents, loader
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset, check_dataset, draw_latents, open_dataset
-from dit_jax.data.loader import batch_indices, batches, epoch_order, local_rows, to_global
+from dit_jax.data.loader import batch_indices, batches, check_memory, epoch_order, local_rows, to_global
 from dit_jax.data.metadata import DataError
 
 
@@ -86,12 +86,21 @@ def test_resuming_needs_only_the_step(dataset):
     np.testing.assert_array_equal(resumed, labels[4:])
 
 
-def test_a_process_holds_only_its_devices_rows():
-    """Placement from a part of the rows, not contiguous, as one of several processes does it."""
-    split = sharding()
-    np.testing.assert_array_equal(local_rows(split, 16), np.arange(16))
-    rows, data = np.arange(16), np.random.default_rng(0).standard_normal((16, 3))
-    np.testing.assert_array_equal(to_global(rows, data, 16, split), data.astype(np.float32))
+def test_a_process_holds_only_its_devices_rows(monkeypatch):
+    """One of several processes: its devices' rows are a part of the batch, and not contiguous."""
+    mine = [(slice(12, 14), slice(None)), (slice(2, 4), slice(None)), (slice(6, 8), slice(None))]
+
+    class Part:
+        def addressable_devices_indices_map(self, shape):
+            return dict(enumerate(index[:1] for index in mine))
+
+    rows = local_rows(Part(), 16)
+    np.testing.assert_array_equal(rows, [2, 3, 6, 7, 12, 13])
+    batch = np.random.default_rng(0).standard_normal((16, 3))
+    # JAX asks for the pieces of this process's devices alone.
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, part, piece: [piece(i) for i in mine])
+    for index, piece in zip(mine, to_global(rows, batch[rows], 16, Part()), strict=True):
+        np.testing.assert_array_equal(piece, batch[index])
 
 
 def test_batches_read_the_image_alone_where_no_mirror_is_wanted(dataset):
@@ -108,6 +117,28 @@ def test_a_cache_that_does_not_fit_is_refused(dataset, monkeypatch):
     monkeypatch.setattr(LatentDataset, "record_bytes", 10**15)
     with pytest.raises(ConfigError, match=r"--data.cache is ram, which needs 50000000.0 GB"):
         batches(dataset, 16, 0, 0, sharding(), cache="ram")
+
+
+def test_memory_is_counted_for_every_process_and_device_of_a_host(dataset, monkeypatch):
+    size = 50 * dataset.record_bytes
+    monkeypatch.setattr(loader, "_host", lambda: (1, 20 * size))
+    for cache in ("none", "ram", "device"):  # eight devices of the host's memory, and the copy that they get
+        check_memory(dataset, 16, cache, workers=1)
+    monkeypatch.setattr(loader, "_host", lambda: (1, 8 * size))
+    check_memory(dataset, 16, "ram", workers=1)
+    with pytest.raises(ConfigError, match=r"--data.cache is device, which needs 0\.0 GB .* but there are"):
+        check_memory(dataset, 16, "device", workers=1)
+    monkeypatch.setattr(loader, "_host", lambda: (9, 8 * size))
+    with pytest.raises(ConfigError, match=r"--data.cache is ram, .* records\) in 9 processes on a host, but"):
+        check_memory(dataset, 16, "ram", workers=1)
+
+
+def test_a_batch_beyond_memory_is_refused_before_it_is_made(dataset):
+    with pytest.raises(
+        ConfigError, match=r"--train.batch-size is 8\d+, of which \d+ are in memory at once: \d+"
+    ):
+        batches(dataset, 8 * 10**12, 0, 0, sharding())
+    check_memory(dataset, 8 * 10**12, "device")  # only indices are made of it
 
 
 def test_a_dataset_can_be_pickled_and_checks_indices(dataset):
@@ -184,6 +215,20 @@ def test_open_dataset_refuses_another_vae(dataset, monkeypatch):
         ConfigError, match=r"encoded by fake with weights ffffffffffff; --data.vae other has weights 0000"
     ):
         open_dataset(config_for(dataset, vae="other"))
+
+
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        ("/no/such/folder", "'/no/such/folder' is not a folder; expected a folder, a hub id such as"),
+        ("nobody/nothing", "'nobody/nothing' is neither a folder nor a hub repository within reach: Cannot"),
+        ("~nobody/nothing", "'~nobody/nothing' is not a folder"),
+    ],
+)
+def test_a_vae_that_is_not_there_is_one_sentence(dataset, vae, message):
+    with pytest.raises(ConfigError, match=f"^--data.vae: autoencoder {message}") as refusal:
+        open_dataset(config_for(dataset, vae=vae))
+    assert not re.search(r"[.:]\s+[A-Z].*[.]\s|\n", str(refusal.value))
 
 
 def test_open_dataset_refuses_missing_mirrors(dataset, tmp_path):

@@ -19,7 +19,8 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 port, rank, folder, out = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from dit_jax.data import latents
+from dit_jax.config import ConfigError
+from dit_jax.data import latents, loader
 from dit_jax.data.loader import batches
 
 # Interleaved devices: the rows of a process are not contiguous.
@@ -41,6 +42,15 @@ for cache in ("none", "ram", "device"):
     if cache == "none":
         assert set(asked) == {8}, asked
 np.savez(out, **found)
+
+# Room for one copy of the set in the memory of this host, but not for one in each process.
+loader.host_memory = lambda: 75 << 20
+latents.LatentDataset.record_bytes = 2**20  # of each record
+try:
+    batches(dataset, 16, 0, 0, sharding, "ram")
+    raise SystemExit("not refused")
+except ConfigError as error:
+    assert "in 2 processes on a host" in str(error), error
 """
 
 

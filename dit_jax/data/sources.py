@@ -5,10 +5,12 @@ Legend: N images, H, W height and width.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import io
 import os
 import pathlib
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -23,6 +25,11 @@ from dit_jax.data.metadata import DataError
 EXTENSIONS = frozenset(
     [".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
+
+
+MAX_LABEL = (
+    2**31 - 2
+)  # a label is an int32, and so is the number after the last one, which stands for no label
 
 
 class BadImageError(Exception):
@@ -59,6 +66,16 @@ def open_source(name: str, split: str = "train", tfds_data_dir: str | None = Non
     split, tfds_data_dir: of a TFDS dataset (and `split` of the digits). Raises DataError where there is no such
     source or it is not what it should be.
     """
+    source = _open(name, split, tfds_data_dir)
+    for label_name, times in collections.Counter(source.label_names).items():
+        if times > 1:
+            raise DataError(
+                f"{source.name} has {times} classes of the name {label_name!r}; expected another name for each class"
+            )
+    return source
+
+
+def _open(name: str, split: str, tfds_data_dir: str | None) -> Source:
     kind, _, rest = name.partition(":")
     if name == "digits":
         from dit_jax.data.digits import load_digits
@@ -68,9 +85,9 @@ def open_source(name: str, split: str = "train", tfds_data_dir: str | None = Non
         images, labels = load_digits("test" if split == "test" else "train")
         return ArraySource(f"digits/{split}", images, labels, tuple("0123456789"))
     if kind == "folder" and rest:
-        return FolderSource(pathlib.Path(rest).expanduser())
+        return FolderSource(pathlib.Path(os.path.expanduser(rest)))
     if kind == "npz" and rest:
-        return npz_source(pathlib.Path(rest).expanduser())
+        return npz_source(pathlib.Path(os.path.expanduser(rest)))
     if kind == "tfds" and rest:
         return TfdsSource(rest, split, tfds_data_dir)
     raise DataError(f"--source is {name!r}; expected digits, folder:PATH, npz:PATH, tfds:NAME or tfds:PATH")
@@ -133,6 +150,8 @@ class ArraySource:
 
 def npz_source(path: pathlib.Path) -> ArraySource:
     """`images` (N, H, W, 3) or (N, H, W) uint8 of an .npz file, with `labels` (N,) and `label_names` if there."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"npz:{path} is a folder, a pipe or a device; expected a file")
     try:
         zipfile.ZipFile(path).close()  # np.load would take other files for arrays or pickles
         with np.load(path) as file:
@@ -158,6 +177,10 @@ def npz_source(path: pathlib.Path) -> ArraySource:
         raise DataError(
             f"npz:{path}: labels have shape {labels.shape} and type {labels.dtype}; expected {images.shape[:1]} "
             "integers from 0 on, one for each image"
+        )
+    if labels is not None and labels.size and labels.max() > MAX_LABEL:
+        raise DataError(
+            f"npz:{path}: labels reach {labels.max()}; expected class numbers from 0 to {MAX_LABEL}"
         )
     label_names = tuple(map(str, np.ravel(arrays.get("label_names", ()))))
     if label_names and (labels is None or (labels.size and labels.max() >= len(label_names))):
@@ -201,10 +224,7 @@ class FolderSource:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        try:
-            sizes = [(self.path / file).stat().st_size for file in self.files]
-        except OSError as error:
-            raise _unreadable(error) from None
+        sizes = [_size(self.path / file) for file in self.files]
         return _sha256(os.fsencode(f"{file}\0{size}\0") for file, size in zip(self.files, sizes, strict=True))
 
     def id(self, index: int) -> str:
@@ -225,6 +245,17 @@ def _readable(name: str) -> str:
 
 def _unreadable(error: OSError) -> DataError:
     return DataError(f"{_readable(str(error.filename))} cannot be read: {error.strerror}")
+
+
+def _size(file: pathlib.Path) -> int:
+    """Bytes of a file; DataError for one that is none: reading a pipe or a device may never end."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise _unreadable(error) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise DataError(f"{_readable(str(file))} is a pipe or a device, or a link to one; expected a picture")
+    return found.st_size
 
 
 def _pictures(path: pathlib.Path) -> Iterable[str]:
@@ -294,7 +325,7 @@ class TfdsSource:
 def _tfds_builder(name: str, data_dir: str | None) -> Any:
     import tensorflow_datasets as tfds
 
-    folder = pathlib.Path(name).expanduser()
+    folder = pathlib.Path(os.path.expanduser(name))
     if (folder / "dataset_info.json").is_file():
         return tfds.builder_from_directory(folder)
     try:

@@ -36,7 +36,7 @@ class SampleArgs:
     workdir: str = "runs/digits"
     """Folder of the run."""
     labels: list[str] = field(default_factory=list)
-    """Classes by number or name, used in turn (default: all classes in turn)."""
+    """Classes by number or name, used in turn (default: all classes in turn); number:3 where 3 is a name as well."""
     num_samples: int = 64
     """How many pictures."""
     sampler: Literal["ddpm", "ddim"] = "ddim"
@@ -98,26 +98,33 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
 
 
 def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:
-    """Class numbers of labels given by number or name; all classes for an empty list.
+    """Class numbers of labels given by number or name; all classes for an empty list. `number:3` is no name.
 
-    Raises ConfigError for a name that the dataset does not have, or a number that is no class.
+    Raises ConfigError for a name that the dataset does not have, a number that is no class, and a label that may
+    mean several classes: two of one name, or a name that is also the number of another.
     """
+    count = max(num_classes, 1)
     if not names:
-        return np.arange(max(num_classes, 1), dtype=np.int32)
-    numbers = []
-    for name in names:
-        if name in label_names:
-            numbers.append(list(label_names).index(name))
-        elif name.isdecimal():
-            numbers.append(int(name))
-            if numbers[-1] >= max(num_classes, 1):
-                raise ConfigError(f"--labels names class {name}; expected 0 to {max(num_classes, 1) - 1}")
-        else:
-            known = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
-            raise ConfigError(
-                f"--labels names {name!r}; expected a class number or one of: {known or '(no names)'}"
-            )
-    return np.asarray(numbers, np.int32)
+        return np.arange(count, dtype=np.int32)
+    return np.asarray([_label_number(name, label_names, count) for name in names], np.int32)
+
+
+def _label_number(label: str, label_names: Sequence[str], count: int) -> int:
+    named = {number for number, name in enumerate(label_names) if name == label}
+    plain = label if named else label.removeprefix("number:")
+    numbered = {int(plain)} if plain.isdecimal() else set()
+    found = sorted(named | {number for number in numbered if number < count})
+    if len(found) > 1:
+        raise ConfigError(
+            f"--labels names {label!r}, which may be class {' or '.join(map(str, found))} by name or number; "
+            "expected " + " or ".join(f"number:{number}" for number in found)
+        )
+    if found:
+        return found[0]
+    if numbered:
+        raise ConfigError(f"--labels names class {plain}; expected 0 to {count - 1}")
+    known = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
+    raise ConfigError(f"--labels names {label!r}; expected a class number or one of: {known or '(no names)'}")
 
 
 def main(args: SampleArgs) -> int:

@@ -129,7 +129,7 @@ def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
 def _locate(path_or_id: str | os.PathLike[str], subfolder: str | None) -> pathlib.Path:
     """The folder that holds config.json and the weights."""
     name = os.fspath(path_or_id)
-    root = asset_path("digits_vae") if name == "digits" else pathlib.Path(name).expanduser()
+    root = asset_path("digits_vae") if name == "digits" else pathlib.Path(os.path.expanduser(name))
     subfolders = ("", PIPELINE_SUBFOLDER) if subfolder is None else (subfolder,)
     if not root.is_dir():
         root = _download(name, subfolders)
@@ -153,6 +153,7 @@ def _download(name: str, subfolders: tuple[str, ...]) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
+        reason = re.split(r"\.\s|\n", str(error))[0]  # the rest is advice
         raise FileNotFoundError(
-            f"autoencoder {name!r} is neither a folder nor a hub repository within reach: {error}"
+            f"autoencoder {name!r} is neither a folder nor a hub repository within reach: {reason}"
         ) from error

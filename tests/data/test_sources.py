@@ -160,6 +160,19 @@ def test_links_that_lead_nowhere_or_in_circles_are_named(folder, fake_encoder, t
         open_source(f"folder:{tmp_path}/pictures")
 
 
+def test_pipes_and_devices_are_refused_where_reading_would_never_end(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "pictures")
+    for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        odd = tmp_path / "pictures" / "red" / "odd.png"
+        make(odd)
+        with pytest.raises(DataError, match=r"red/odd\.png is a pipe or a device.*; expected a picture"):
+            open_source(f"folder:{tmp_path}/pictures").fingerprint()
+        odd.unlink()
+    os.mkfifo(tmp_path / "set.npz")
+    with pytest.raises(DataError, match=r"set\.npz is a folder, a pipe or a device; expected a file"):
+        open_source(f"npz:{tmp_path}/set.npz")
+
+
 def test_a_folder_that_cannot_be_listed_is_named(folder, monkeypatch):
     def scandir(path):
         if str(path).endswith("red"):
@@ -237,6 +250,22 @@ def test_an_npz_gives_images_and_labels(tmp_path):
         (
             {"images": np.zeros((1, 4, 4), np.uint8), "labels": np.array([1]), "label_names": ["a"]},
             "1 label_names do not cover",
+        ),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, 2**63 + 5], np.uint64)},
+            r"labels reach 9223372036854775813; expected class numbers from 0 to 2147483646",
+        ),
+        (
+            {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, 2**40])},
+            r"labels reach 1099511627776; expected class numbers from 0 to 2147483646",
+        ),
+        (
+            {
+                "images": np.zeros((2, 4, 4), np.uint8),
+                "labels": np.arange(2),
+                "label_names": ["a", "b", "a"],
+            },
+            "has 2 classes of the name 'a'; expected another name for each class",
         ),
         ({"images": np.zeros((0, 4, 4), np.uint8), "labels": np.zeros(0, int)}, r"shape \(0, 4, 4\)"),
         (

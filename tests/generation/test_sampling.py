@@ -147,6 +147,24 @@ def test_labels_go_by_number_or_name():
         label_numbers(["²"], names, 3)
 
 
+def test_labels_that_may_mean_two_classes_are_refused():
+    numbers = ("1", "10", "2")  # folders of such names, in the order of names
+    for label, classes in (("1", "0 or 1"), ("2", "2"), ("10", "1"), ("0", "0")):
+        if "or" not in classes:
+            assert label_numbers([label], numbers, 3) == [int(classes)]
+            continue
+        with pytest.raises(
+            ConfigError, match=f"'{label}', which may be class {classes} .*; expected number:0 or number:1"
+        ):
+            label_numbers([label], numbers, 3)
+    assert label_numbers(["number:1", "number:0"], numbers, 3).tolist() == [1, 0]
+    with pytest.raises(ConfigError, match="'crane', which may be class 0 or 2"):
+        label_numbers(["crane"], ("crane", "owl", "crane"), 3)
+    with pytest.raises(ConfigError, match="--labels names class 7; expected 0 to 2"):
+        label_numbers(["number:7"], numbers, 3)
+    assert label_numbers(["number:1"], ("a", "b", "number:1"), 3) == [2]
+
+
 def test_a_run_trained_with_a_gpus_kernels_is_sampled_without_a_gpu(model_and_params):
     trained = dataclasses.replace(CONFIG.model, attention="cudnn", norm_kernel="pallas", dtype="bfloat16")
     plain = dataclasses.replace(CONFIG.model, dtype="bfloat16")

@@ -6,10 +6,12 @@ import contextlib
 import os
 import pathlib
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 from dit_jax.config import ConfigError
+from dit_jax.config.saved import shown
 
 ROOM = 16 * 1024  # bytes that a folder must be able to take
 
@@ -24,8 +26,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Unique among processes and hosts that share a disk.
-    beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    beside = _beside(target)
     try:
         yield beside
         with beside.open("rb") as written:
@@ -35,6 +36,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(target.parent)
+
+
+def _beside(target: pathlib.Path) -> pathlib.Path:
+    """A name that is unique among processes and hosts that share a disk."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
 
 
 def write_whole(path: str | os.PathLike[str], text: str) -> None:
@@ -64,13 +70,32 @@ def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
             probe.flush()
     except OSError as error:
         raise ConfigError(
-            f"{option} is {os.fspath(folder)!r}, where no file can be written ({error}); "
+            f"{option} is {shown(os.fspath(folder), 400)}, where no file can be written ({error.strerror}); "
             f"expected a folder with room"
         ) from None
 
 
-def check_file(option: str, path: str | os.PathLike[str]) -> None:
-    """Raises ConfigError, naming the option, where the file `path` cannot be written."""
+def check_file(option: str, path: str | os.PathLike[str], size: int = ROOM) -> None:
+    """Raises ConfigError, naming the option, where the file `path` of `size` bytes cannot be written."""
+    target, name = pathlib.Path(path), shown(os.fspath(path), 400)
+    if not target.name:
+        raise ConfigError(f"{option} is {name}, which names no file; expected a file")
     if os.path.isdir(path):
-        raise ConfigError(f"{option} is {os.fspath(path)!r}, which is a folder; expected a file")
-    check_folder(option, pathlib.Path(path).parent)
+        raise ConfigError(f"{option} is {name}, which is a folder; expected a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ConfigError(f"{option} is {name}, which is a device or a pipe; expected a file")
+    check_folder(option, target.parent)
+    try:  # names may be too long, for one
+        probe = _beside(target)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} is {name}, which cannot be written ({error.strerror}); expected a file"
+        ) from None
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise ConfigError(
+            f"{option} is {name}, a file of {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB left; "
+            "expected one with room"
+        )

@@ -161,10 +161,13 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--devices", type=int, default=1, help="devices that share the state (fsdp)")
     options = parser.parse_args(args)
-    if min(options.batch_per_device, options.devices) < 1:
-        parser.error("--batch-per-device and --devices are expected to be 1 or more")
+    for option in ("batch_per_device", "devices"):
+        if not 1 <= getattr(options, option) < 2**31:
+            parser.error(
+                f"--{option.replace('_', '-')} is {getattr(options, option)}; expected 1 to {2**31 - 1}"
+            )
     try:
-        configs = [resolve(load(options.config))] if options.config else family()
+        configs = family() if options.config is None else [resolve(load(options.config))]
     except ConfigError as error:
         sys.exit(str(error))
     print(table(configs, options.batch_per_device, options.devices))

@@ -35,6 +35,19 @@ def host_memory() -> int:
     return min([host, *_group_limits(pathlib.Path("/proc/self/cgroup"), pathlib.Path("/sys/fs/cgroup"))])
 
 
+def device_memory() -> int | None:
+    """Bytes of memory that each device of this process may have, where that is known.
+
+    Devices of a CPU share the host's memory.
+    """
+    import jax
+
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return host_memory() // jax.local_device_count()
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def _group_limits(groups: pathlib.Path, root: pathlib.Path) -> list[int]:
     """Limits, in bytes, of a process's control groups and of all around them, in version 1 and 2 of Linux's."""
     try:

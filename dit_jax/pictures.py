@@ -27,14 +27,19 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
     return canvas
 
 
+def enlargement(side: int) -> int:
+    """The whole factor by which pictures of so many pixels are enlarged: under 64 they could hardly be looked at."""
+    return max(1, 64 // max(side, 1))
+
+
 def save_grid(path: str | os.PathLike[str], images: np.ndarray, columns: int | None = None) -> None:
     """Write a grid of images (N, H, W, 1 or 3) uint8 as PNG; the file appears when it is whole.
 
-    Pictures under 64 pixels are enlarged by whole factors, so that they can be looked at.
+    Small pictures are enlarged.
     """
     from PIL import Image
 
-    factor = max(1, 64 // images.shape[1])
+    factor = enlargement(images.shape[1])
     large = images.repeat(factor, axis=1).repeat(factor, axis=2)
     canvas = grid(large, columns)
     with whole_file(path) as temporary:

@@ -1,5 +1,6 @@
 """Files appear when they are whole, and a place that cannot be written to is refused up front."""
 
+import os
 import re
 import resource
 
@@ -56,3 +57,12 @@ def test_a_place_that_is_none_is_refused(tmp_path):
         check_file("--out", tmp_path)
     check_file("--out", file)
     assert file.read_text() == "x"
+    os.mkfifo(tmp_path / "fifo")
+    for name, found in (
+        ("fifo", "which is a device or a pipe"),
+        ("n" * 255, r"which cannot be written \(File name too long\)"),
+        ("big", r"a file of 4.* GB, but its disk has .* GB left"),
+    ):
+        with pytest.raises(ConfigError, match=f"^--out is '.*', {found}; expected"):
+            check_file("--out", tmp_path / name, size=2**62)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "file"]

@@ -9,7 +9,7 @@ Every problem is a `ConfigError` whose one sentence names the option, what was f
 """
 
 from dit_jax.config.check import model_sizes, resolve
-from dit_jax.config.recipe import load, parse_args
+from dit_jax.config.recipe import load, parse_args, run_config
 from dit_jax.config.saved import from_json, to_json
 from dit_jax.config.schema import (
     DIT_PATCHES,
@@ -44,5 +44,6 @@ __all__ = [
     "model_sizes",
     "parse_args",
     "resolve",
+    "run_config",
     "to_json",
 ]

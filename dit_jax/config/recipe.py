@@ -42,6 +42,22 @@ def load(path: str | os.PathLike[str]) -> Config:
     return found
 
 
+def run_config(option: str, folder: str | os.PathLike[str]) -> Config:
+    """The resolved config of the run in `folder`, which `option` names.
+
+    Raises ConfigError where there is none, or where config.json is not what training wrote.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    if not os.path.isfile(path):
+        raise ConfigError(
+            f"{option} is {os.fspath(folder)[:200]}, which has no config.json; expected the folder of a trained run"
+        )
+    try:
+        return resolve(from_json(path.read_text()))
+    except (OSError, ValueError) as error:  # ConfigError, or bytes that are no text
+        raise ConfigError(f"{path} cannot be used ({error}); expected it as training wrote it") from None
+
+
 def _run(path: pathlib.Path) -> dict[str, Any]:
     """What a recipe defines; whatever stops it is a ConfigError that says where."""
     try:

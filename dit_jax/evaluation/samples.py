@@ -6,7 +6,6 @@ Legend: N samples, H and W sides in pixels.
 from __future__ import annotations
 
 import os
-import zipfile
 
 import numpy as np
 
@@ -26,18 +25,21 @@ def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.nd
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no file")
         with open(path, "rb") as file:
             found = np.load(file, allow_pickle=False)
             if not isinstance(found, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             images, labels = found["arr_0"], found["arr_1"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # readers of damaged files raise nearly anything
         raise ConfigError(
             f"--npz names {path}, which cannot be read ({error}); expected a file of sample.py"
         ) from None
-    if images.ndim != 4 or images.dtype != np.uint8 or labels.shape != images.shape[:1]:
+    pictures = images.ndim == 4 and images.dtype == np.uint8 and images.shape[-1] in (1, 3)
+    if not pictures or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ConfigError(
-            f"--npz names {path} with arr_0 {images.shape} {images.dtype} and arr_1 {labels.shape}; "
-            f"expected images (N, H, W, 3) uint8 and labels (N,)"
+            f"--npz names {path} with arr_0 {images.shape} {images.dtype} and arr_1 {labels.shape} {labels.dtype}; "
+            f"expected images (N, H, W, 3) uint8 and labels (N,) of integers"
         )
     return images, labels

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, ConfigError, from_json, load, resolve
+from dit_jax.config import Config, ConfigError, load, resolve, run_config
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.samples import save_samples
 from dit_jax.files import check_file
+from dit_jax.generation.room import check_batch, check_pictures, picture_bytes
 from dit_jax.generation.sampling import (
     SamplingOptions,
     check_sampling,
@@ -86,15 +87,17 @@ class Run:
 def load_run(workdir: str | os.PathLike[str]) -> Run:
     """The config and the dataset's metadata of a workdir; ConfigError where it is no run's folder."""
     folder = pathlib.Path(workdir)
-    texts = {}
-    for name in ("config.json", "dataset.json"):
-        if not (folder / name).is_file():
-            raise ConfigError(
-                f"--workdir is {folder}, which has no {name}; expected the folder of a trained run"
-            )
-        texts[name] = (folder / name).read_text()
-    metadata = LatentMetadata.from_json(texts["dataset.json"], str(folder / "dataset.json"))
-    return Run(folder, from_json(texts["config.json"]), metadata)
+    config = run_config("--workdir", folder)
+    dataset = folder / "dataset.json"
+    if not dataset.is_file():
+        raise ConfigError(
+            f"--workdir is {folder}, which has no {dataset.name}; expected the folder of a trained run"
+        )
+    try:
+        text = dataset.read_text()
+    except (OSError, ValueError) as error:  # bytes that are no text
+        raise ConfigError(f"{dataset} cannot be read ({error}); expected it as training wrote it") from None
+    return Run(folder, config, LatentMetadata.from_json(text, str(dataset)))
 
 
 def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:
@@ -112,7 +115,9 @@ def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes:
 def _label_number(label: str, label_names: Sequence[str], count: int) -> int:
     named = {number for number, name in enumerate(label_names) if name == label}
     plain = label if named else label.removeprefix("number:")
-    numbered = {int(plain)} if plain.isdecimal() else set()
+    numbered = (
+        {int(plain) if len(plain) < 20 else count} if plain.isdecimal() else set()
+    )  # Python reads no longer ones
     found = sorted(named | {number for number in numbered if number < count})
     if len(found) > 1:
         raise ConfigError(
@@ -122,15 +127,18 @@ def _label_number(label: str, label_names: Sequence[str], count: int) -> int:
     if found:
         return found[0]
     if numbered:
-        raise ConfigError(f"--labels names class {plain}; expected 0 to {count - 1}")
+        raise ConfigError(f"--labels names class {plain[:40]}; expected 0 to {count - 1}")
     known = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
     raise ConfigError(f"--labels names {label!r}; expected a class number or one of: {known or '(no names)'}")
 
 
 def main(args: SampleArgs) -> int:
     """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
-    if args.num_samples < 1 or args.batch_size < 1 or args.grid_count < 1:
-        raise ConfigError("--num-samples, --batch-size and --grid-count are expected to be above 0")
+    for option in ("num_samples", "batch_size", "grid_count"):
+        if not 1 <= getattr(args, option) < 2**31:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is {getattr(args, option)}; expected 1 to {2**31 - 1}"
+            )
     if not 0 <= args.seed < 2**31:
         raise ConfigError(f"--seed is {args.seed}; expected 0 to {2**31 - 1}")
     options = SamplingOptions(
@@ -145,13 +153,10 @@ def main(args: SampleArgs) -> int:
     run = load_run(args.workdir)
     config, model = run.config, sampling_model(run.config)
     classes = label_numbers(args.labels, run.metadata.label_names, model.num_classes)
+    check_sampling(model, config, options, classes)
+    out = str(run.workdir / "samples.png") if args.out is None and args.npz is None else args.out
+    _check_room(args, out, run, options)
     labels = np.resize(classes, args.num_samples)
-    check_sampling(model, config, options, labels)
-
-    out = args.out or (None if args.npz else str(run.workdir / "samples.png"))
-    for option, path in (("--npz", args.npz), ("--out", out)):
-        if path and jax.process_index() == 0:
-            check_file(option, path)
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
     x = jnp.zeros((1, *model.latent_size, model.in_channels))
@@ -175,6 +180,19 @@ def main(args: SampleArgs) -> int:
         save_grid(out, images[: args.grid_count])
         print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")
     return 0
+
+
+def _check_room(args: SampleArgs, out: str | None, run: Run, options: SamplingOptions) -> None:
+    """Raises ConfigError where the pictures do not fit into memory, or the files cannot be written."""
+    side, count = run.metadata.image_size, args.num_samples
+    check_pictures("--num-samples", count, args.grid_count if out is not None else 0, side)
+    check_batch(run.config, min(args.batch_size, count), options.cfg_scale != 1, len(jax.devices()))
+    if out is not None and args.npz is not None and os.path.realpath(out) == os.path.realpath(args.npz):
+        raise ConfigError(f"--out and --npz are both {out}; expected two files")
+    if jax.process_index() == 0:
+        for option, path, size in (("--npz", args.npz, picture_bytes(count, side)), ("--out", out, 0)):
+            if path is not None:
+                check_file(option, path, size)
 
 
 def _compile_for(args: SampleArgs, topology: str, options: SamplingOptions) -> int:

@@ -9,7 +9,6 @@ Letters: B samples in a batch, N samples in all, H and W latent sides, C latent 
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,12 @@ from tqdm import tqdm
 
 from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
+from dit_jax.config.check import FLOAT32_MOST
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.guidance import classifier_free_guidance
 from dit_jax.diffusion.samplers import ddim_tables, sample_ddim, sample_ddpm, sample_keys, start_noise
+from dit_jax.generation.room import check_pictures
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
 from dit_jax.models.dit import DiT, build_model
 from dit_jax.pictures import save_grid, to_uint8
@@ -170,12 +171,14 @@ def check_sampling(model: DiT, config: Config, options: SamplingOptions, labels:
     if labels.min() < 0 or labels.max() > highest:
         bad = labels[(labels < 0) | (labels > highest)][0]
         raise ConfigError(f"--labels names class {bad}; expected 0 to {highest}")
-    if not math.isfinite(options.cfg_scale):
+    if not abs(options.cfg_scale) <= FLOAT32_MOST:  # nan is no less than anything
         raise ConfigError(f"--cfg-scale is {options.cfg_scale}; expected a finite number")
     if options.channels != "all" and not 1 <= options.channels <= model.in_channels:
         raise ConfigError(f"--cfg-channels is {options.channels}; expected all, or 1 to {model.in_channels}")
-    if options.interval is not None and not options.interval[0] <= options.interval[1]:
-        raise ConfigError(f"--cfg-interval is {options.interval}; expected the lowest timestep first")
+    if options.interval is not None and not -(2**31) <= options.interval[0] <= options.interval[1] < 2**31:
+        raise ConfigError(
+            f"--cfg-interval is {options.interval}; expected the lowest timestep first, and none beyond {2**31 - 1}"
+        )
     if options.sampler == "ddim":
         try:
             ddim_tables(create_process(config.diffusion, str(options.steps)), options.eta)
@@ -213,7 +216,9 @@ def load_decoder(
 
 
 def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:
-    """Raises ConfigError, before a run starts, where its grids of samples could not be decoded."""
+    """Raises ConfigError, before a run starts, where its grids of samples could not be decoded or held."""
+    count = config.train.sample_count
+    check_pictures("--train.sample-count", count, count, metadata.image_size)
     try:
         load_decoder(metadata, config.data.vae or None)
     except ConfigError as error:

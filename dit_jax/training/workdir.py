@@ -22,7 +22,7 @@ from dit_jax.training.checkpoint import CheckpointError
 
 # Options that may change when a run goes on; any other makes it another run.
 HARMLESS = {
-    "model": {"attention", "remat", "unroll"},
+    "model": {"name", "attention", "norm_kernel", "remat", "unroll"},  # sizes count, not the name they came by
     "data": {"dir", "source", "cache", "workers", "vae"},  # another VAE is another dataset, which is refused
     "mesh": {"preset", "data", "fsdp", "tensor"},
     "train": {
@@ -78,8 +78,11 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 
     Checkpoints hold their config too: without a config.json `check_meta` decides.
     """
+    if os.path.lexists(workdir) and not os.path.isdir(workdir):
+        found = f"a link to {os.readlink(workdir)}, no folder" if os.path.islink(workdir) else "no folder"
+        raise ConfigError(f"--train.workdir is {os.fspath(workdir)!r}, which is {found}; expected a folder")
     path = workdir / "config.json"
-    if path.is_file():
+    if os.path.isfile(path):
         try:
             saved = from_json(path.read_text())
         except ValueError as error:  # ConfigError, or bytes that are no text

@@ -86,14 +86,17 @@ def mesh_shape(config: MeshConfig, num_devices: int, per_slice: int = 0) -> tupl
             )
     tensor = config.tensor if config.tensor is not None else (2 if config.preset == "fsdp_tensor" else 1)
     fsdp, data, local = config.fsdp, config.data, per_slice or num_devices
-    if fsdp is None:
+    if fsdp is None and (config.preset == "replicated" or -1 in (data, tensor)):
         fsdp = 1
-        if config.preset in ("fsdp", "fsdp_tensor") and -1 not in (data, tensor):
-            # Up to 16 devices share the parameters: that leaves little of the state on each, and gathers stay local.
-            fsdp = math.gcd(max(local // tensor, 1), 16) if data is None else -1
-        elif config.preset == "zero1" and data is None and num_devices != math.gcd(local, 128):
-            # Every published width is a multiple of 128; what is left of the devices may fit another axis.
-            fsdp = math.gcd(local, 128)
+    elif fsdp is None and data is not None:
+        fsdp = -1
+    elif fsdp is None and config.preset == "zero1":
+        # Every published width is a multiple of 128; what is left of the devices may fit another axis.
+        fsdp = math.gcd(local, 128)
+        fsdp = 1 if fsdp == num_devices else fsdp
+    elif fsdp is None:
+        # Up to 16 devices share the parameters: that leaves little of the state on each, and gathers stay local.
+        fsdp = math.gcd(max(local // tensor, 1), 16)
     if data is None:
         data = 1 if -1 in (fsdp, tensor) else -1
     sizes = (data, fsdp, tensor)

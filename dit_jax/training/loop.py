@@ -22,6 +22,7 @@ from dit_jax.training.checkpoint import Checkpoints, say
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.logging import MetricsLog, Throughput
 from dit_jax.training.program import Program, build_program
+from dit_jax.training.room import check_room
 from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.snapshots import Snapshots
 from dit_jax.training.state import TrainState, zero_totals
@@ -60,6 +61,7 @@ def train(config: Config) -> TrainState:
     program = build_program(
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor
     )
+    check_room(config, program)
     if jax.process_index() == 0:
         if config.train.sample_every:
             from dit_jax.generation import check_sample_grids

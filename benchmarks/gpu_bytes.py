@@ -27,7 +27,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
 from dit_jax.models.dit import build_model
-from dit_jax.training.hlo import Instruction, Module, executions, parse, shape_bytes
+from dit_jax.training.hlo import Instruction, Module, executions, parse, shape_bytes, unknown_loops
 
 # No product is tried out on a GPU; bias and GELU join cuBLASLt's products, as a tuned program has it.
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_cublaslt=true"
@@ -52,7 +52,9 @@ FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while
 
 
 def moved_bytes(module: Module) -> int:
-    """Bytes that all operations of one run read and write."""
+    """Bytes that all operations of one run read and write; ValueError where nobody knows how often a loop runs."""
+    if loops := unknown_loops(module):
+        raise ValueError(f"the program does not say how often {', '.join(loops)} runs")
     total = 0
     for name, times in executions(module).items():
         lines = module.computations.get(name, [])

@@ -362,7 +362,7 @@ def describe(report: Report, top: int = 12) -> str:
         f"chips           {chips} x {chip.name} ({report.topology}), mesh "
         + ", ".join(f"{axis} {size}" for axis, size in report.mesh.items()),
         f"batch           {report.images_per_chip:g} images per chip"
-        + (f", {report.images} on every {tensor} that share their products" if tensor > 1 else ""),
+        + (f": {tensor} chips share {report.images}" if tensor > 1 else ""),
         f"compile time    {report.compile_seconds:.0f} s",
         f"memory          {report.total_bytes / gib:.2f} GiB of {chip.hbm_gib:g} GiB per chip: "
         + ", ".join(f"{name} {size / gib:.2f}" for name, size in report.memory.items()),

@@ -1,5 +1,6 @@
 """The count of bytes, in a program of few lines."""
 
+import pytest
 from gpu_bytes import moved_bytes
 
 from dit_jax.training.hlo import parse
@@ -54,3 +55,8 @@ def test_bytes_are_those_of_the_slices_that_a_loop_touches():
     index, row, stack = 4, 32, 128
     cut, kernel, put = row + index + row, row + row, row + index + row
     assert moved_bytes(parse(PROGRAM)) == 4 * (cut + kernel + put) + 3 * stack
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    with pytest.raises(ValueError, match="does not say how often loop runs"):
+        moved_bytes(parse(PROGRAM.replace("known_trip_count", "other")))

@@ -119,4 +119,7 @@ def sample_sheet(
         return model.apply({"params": params}, z, method="decode")
 
     pictures = [to_uint8(np.asarray(decode(params, views))) for views in mean]
-    save_grid(file, np.concatenate(pictures), COLUMNS)
+    try:
+        save_grid(file, np.concatenate(pictures), COLUMNS)
+    except OSError as error:
+        raise DataError(f"--out is {os.fspath(file)!r}, which cannot be written: {error}") from None

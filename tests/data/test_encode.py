@@ -145,6 +145,25 @@ def test_an_interruption_changes_nothing(source, fake_encoder, dataset, tmp_path
     assert contents(out) == contents(tmp_path / "other")
 
 
+def test_what_a_killed_process_was_writing_is_removed_before_work_goes_on(source, fake_encoder, tmp_path):
+    out, options = tmp_path / "set", {"image_size": 16, "shard_size": 16, "batch_size": 2}
+    prepare(source, fake_encoder(), out, process_count=2, **options)  # the shards 0 and 2
+    partial = out / UNFINISHED / "shard-00001-0badf00d"
+    partial.write_bytes(b"half")
+    prepare(source, fake_encoder(), out, process_count=2, **options)
+    assert partial.exists()  # it may be another process's that still lives
+
+    def compiled(mirrors, dtype):
+        def moments(images):
+            assert not partial.exists()
+            return good(images)
+
+        good = fake_encoder().compile(mirrors, dtype)
+        return moments
+
+    assert prepare(source, fake_encoder(compile=compiled), out, **options) is not None
+
+
 def test_one_that_another_overtakes_ends_with_the_same_dataset(source, fake_encoder, dataset, tmp_path):
     """As where the file system has no locks: the other one finishes first and clears up."""
     out, options = tmp_path / "set", {"image_size": 16, "shard_size": 16, "batch_size": 2}

@@ -282,6 +282,15 @@ def test_check_finds_a_flipped_bit(small_set):
         inspection.check(LatentDataset(small_set))
 
 
+@pytest.mark.slow
+def test_a_sheet_on_a_full_disk_is_one_sentence(reference, small_disk):
+    folder, resize = small_disk
+    resize("20k")
+    with pytest.raises(DataError, match=r"--out is '.*x\.png', which cannot be written: .*No space left"):
+        inspection.sample_sheet(LatentDataset(reference), folder / "x.png", vae="digits")
+    assert list(folder.iterdir()) == []
+
+
 def test_a_sheet_needs_the_datasets_own_autoencoder(small_set, tmp_path):
     with pytest.raises(DataError, match="digits is not the autoencoder of this dataset"):
         inspection.sample_sheet(LatentDataset(small_set), tmp_path / "x.png", vae="digits")

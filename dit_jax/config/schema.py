@@ -58,8 +58,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing; all but block inputs; all but linear layers' outputs; all but
     linear layers' and attention's outputs."""
     unroll: Literal[True, False, "auto"] = "auto"
-    """Unroll the loop over layers: longer compilation, faster steps on a CPU. auto: on a single CPU device,
-    where they are wide. Parameters keep their layout. Without a value true; --model.no-unroll is false."""
+    """Unroll the loop over layers: longer compilation, at times faster steps. auto: when sampling on a single CPU
+    device, where they are wide. Parameters keep their layout. Without a value true; --model.no-unroll is false."""
 
     @property
     def head_dim(self) -> int:

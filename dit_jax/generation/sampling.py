@@ -58,6 +58,17 @@ def sampling_model(config: Config) -> DiT:
     )
 
 
+# Narrower layers are compiled longer than a few batches take (docs/performance.md, "CPU").
+UNROLLED_WIDTH = 256
+
+
+def unrolls(unroll: bool | str, width: int, mesh: Mesh) -> bool:
+    """Whether sampling unrolls the loop over layers: "auto" does on a single CPU device, where they are wide."""
+    if unroll != "auto":
+        return bool(unroll)
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and width >= UNROLLED_WIDTH
+
+
 def batch_axes(mesh: Mesh) -> PartitionSpec:
     """The batch split over every axis of the mesh but tensor."""
     return PartitionSpec(tuple(name for name in mesh.axis_names if name != "tensor"))
@@ -74,7 +85,8 @@ def make_latent_sampler(
     process = create_process(config.diffusion, respacing=str(options.steps))
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
     # Quantization is for training: its scales hang on the whole batch, and a sample must not.
-    split_model = model.clone(batch_sharding=split, quantization="none")
+    unroll = model.unroll or unrolls(config.model.unroll, model.hidden_size, mesh)
+    split_model = model.clone(batch_sharding=split, quantization="none", unroll=unroll)
 
     def sample(params: Any, seed: Array, indices: Array, labels: Array) -> Array:
         keys = sample_keys(jax.random.key(seed), indices)

@@ -10,7 +10,6 @@ product outside the loop: they depend on the conditioning vector alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -213,21 +212,6 @@ class DiT(nn.Module):
             raise ValueError(f"y is missing; the model has {self.num_classes} classes")
 
 
-# Narrower ones gain nothing in training, and their compilation is most of a short run (docs/performance.md, "CPU").
-_UNROLLED_WIDTH = 256
-
-
-def resolve_unroll(unroll: bool | str, width: int, devices: Sequence[Any] | None = None) -> bool:
-    """Whether layers of this width are unrolled: "auto" does on a single CPU device, where they are wide.
-
-    devices: all that compute, by default those of the default backend.
-    """
-    if unroll != "auto":
-        return bool(unroll)
-    devices = jax.devices() if devices is None else devices
-    return len(devices) == 1 and devices[0].platform == "cpu" and width >= _UNROLLED_WIDTH
-
-
 def build_model(config: Config, batch_sharding: Any = None) -> DiT:
     """The network of a resolved config; `batch_sharding` as in `DiT`."""
     m = config.model
@@ -249,6 +233,6 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         attention=m.attention,
         norm_kernel=m.norm_kernel,
         remat=m.remat,
-        unroll=resolve_unroll(m.unroll, m.hidden_size),
+        unroll=m.unroll is True,  # what "auto" is in training; sampling has its own
         batch_sharding=batch_sharding,
     )

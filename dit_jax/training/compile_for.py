@@ -27,7 +27,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax import flops
 from dit_jax.config import Config, ConfigError
 from dit_jax.models.attention import resolve_attention
-from dit_jax.models.dit import resolve_unroll
 from dit_jax.training import hlo, timeline
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 from dit_jax.training.program import abstract_batch, build_program
@@ -253,9 +252,7 @@ def _for_tpu(config: Config, device: Any) -> Config:
     if m.attention == "cudnn":
         raise ConfigError("--model.attention is cudnn, a kernel for GPUs; expected auto with --compile-for")
     attention: Any = resolve_attention(m.attention, m.dtype, m.num_tokens, m.head_dim, device)
-    assert m.hidden_size
-    unroll: Any = resolve_unroll(m.unroll, m.hidden_size, [device])
-    return replace(config, model=replace(m, attention=attention, unroll=unroll))
+    return replace(config, model=replace(m, attention=attention))
 
 
 def training_advice(config: Config, images: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from dit_jax.config import Config, ConfigError, DiffusionConfig, ModelConfig, resolve
+from dit_jax.generation import sampling
 from dit_jax.generation.command import label_numbers
 from dit_jax.generation.sampling import (
     SamplingOptions,
@@ -19,6 +20,7 @@ from dit_jax.generation.sampling import (
     make_decoder,
     make_latent_sampler,
     sampling_model,
+    unrolls,
 )
 from dit_jax.interop.diffusers import load_autoencoder_kl
 from dit_jax.models.dit import build_model
@@ -185,3 +187,24 @@ def test_an_autoencoder_out_of_reach_is_named(tmp_path):
     (tmp_path / "moved").mkdir()
     with pytest.raises(ConfigError, match=r"cannot be read: .*expected config\.json and"):
         load_decoder(metadata)
+
+
+def test_wide_layers_unroll_by_themselves_where_one_cpu_device_samples(monkeypatch):
+    one, two = one_device(), Mesh(np.array(jax.devices()[:2]), ("data",))
+    assert unrolls("auto", 384, one) and unrolls(True, 128, two)
+    assert not (unrolls("auto", 128, one) or unrolls("auto", 384, two) or unrolls(False, 384, one))
+
+    def loops(unroll, width):
+        monkeypatch.setattr(sampling, "UNROLLED_WIDTH", width)
+        model = dataclasses.replace(CONFIG.model, depth=3, unroll=unroll)
+        config = dataclasses.replace(CONFIG, model=model)
+        options = SamplingOptions(steps=5 + width)  # programs are kept by their arguments
+        network = build_model(config)
+        shapes = jax.eval_shape(
+            network.init, jax.random.key(0), jnp.zeros((1, 4, 4, 4)), jnp.zeros(1), jnp.zeros(1, int)
+        )
+        sampler = make_latent_sampler(network, config, options, one)
+        numbers = np.zeros(1, np.int32)
+        return sampler.lower(shapes["params"], 0, numbers, numbers).as_text().count("stablehlo.while")
+
+    assert loops("auto", 32) == loops(True, 33) == loops("auto", 33) - 1 == loops(False, 32) - 1

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from dit_jax import DiT
-from dit_jax.config import Config, ConfigError, ModelConfig, resolve
+from dit_jax.config import ConfigError
 from dit_jax.interop.official import params_from_state_dict
 from dit_jax.models import tokens_last
 from dit_jax.models.attention import resolve_attention
-from dit_jax.models.dit import build_model, resolve_unroll
 from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
 from dit_jax.models.norms import normalize
 
@@ -283,19 +282,3 @@ def test_cudnn_attention_is_computed_once_where_remat_keeps_it(monkeypatch, rema
     program = str(jax.make_jaxpr(gradient)(params))
     assert program.count("dot_product_attention_fwd_wrapper[") == forward_passes
     assert program.count("dot_product_attention_bwd_wrapper[") == 1
-
-
-def test_wide_layers_unroll_by_themselves_where_one_cpu_device_is_all():
-    class Device:
-        def __init__(self, platform):
-            self.platform = platform
-
-    cpu, gpu = Device("cpu"), Device("gpu")
-    assert resolve_unroll("auto", 384, [cpu])
-    assert not resolve_unroll("auto", 128, [cpu])
-    for devices in ([cpu, cpu], [gpu], [Device("tpu")] * 4):
-        assert not resolve_unroll("auto", 384, devices)
-    assert all(resolve_unroll(True, 128, devices) for devices in ([cpu, cpu], [gpu]))
-    assert not resolve_unroll(False, 384, [cpu])
-    config = resolve(Config(model=ModelConfig(name="DiT-S/8", unroll="auto")))
-    assert build_model(config).unroll is (jax.device_count() == 1)

@@ -1,6 +1,7 @@
 """Strict test environment: 8 virtual CPU devices, no silent rank promotion, warnings are errors."""
 
 import os
+import subprocess
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -45,3 +46,26 @@ def sit_network(sit):
     model = DiT(**settings)
     params = params_from_state_dict(state, model)
     return jax.jit(lambda x, t: model.apply({"params": params}, x, t, jax.numpy.asarray(sit["y"])))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that gives the folder of a new file system with room for that many megabytes."""
+    mounted = []
+
+    def make(megabytes):
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip(
+                "needs a file system that can be full: run as root, or under `unshare -rm`, to mount a tmpfs"
+            )
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -186,7 +186,8 @@ class TrainConfig:
     max_rollbacks: int = 3
     """How often it may do so before it stops."""
     init_from: str = ""
-    """Folder of a run whose averaged weights this one starts from; its number of classes may differ."""
+    """Folder of a run whose averaged weights this one starts from; of its label table, those of classes with the same
+    name (or all, where names are missing and the numbers of classes agree)."""
     sample_every: int = 10_000
     """Steps between grids of samples (0: none)."""
     sample_count: int = 64

@@ -28,6 +28,7 @@ from dit_jax.generation.sampling import (
 from dit_jax.models.dit import build_model
 from dit_jax.pictures import save_grid
 from dit_jax.training.weights import load_weights
+from dit_jax.training.workdir import read_metadata
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,7 @@ class Run:
 def load_run(workdir: str | os.PathLike[str]) -> Run:
     """The config and the dataset's metadata of a workdir; ConfigError where it is no run's folder."""
     folder = pathlib.Path(workdir)
-    config = run_config("--workdir", folder)
-    dataset = folder / "dataset.json"
-    if not dataset.is_file():
-        raise ConfigError(
-            f"--workdir is {folder}, which has no {dataset.name}; expected the folder of a trained run"
-        )
-    try:
-        text = dataset.read_text()
-    except (OSError, ValueError) as error:  # bytes that are no text
-        raise ConfigError(f"{dataset} cannot be read ({error}); expected it as training wrote it") from None
-    return Run(folder, config, LatentMetadata.from_json(text, str(dataset)))
+    return Run(folder, run_config("--workdir", folder), read_metadata("--workdir", folder))
 
 
 def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written in the background by Orbax, atomically, and checked before they are trusted.
 
     workdir/checkpoints/STEP/{params,ema,rest}/   arrays (OCDBT), readable one by one
-                            /meta/                 JSON: config and dataset fingerprint
+                            /meta/                 JSON: config, dataset fingerprint and loss
                             /checksums.json        SHA-256 of every file, committed with them
 
 Nothing in them is ever unpickled.
@@ -12,12 +12,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import pathlib
-import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,12 +24,11 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from dit_jax.config import ConfigError
+from dit_jax.training.saving import Saver
 from dit_jax.training.state import TrainState
 
 CHECKSUMS = "checksums.json"
 ARRAYS = ("params", "ema", "rest")
-
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates every save; its errors are raised too
 
 
 class CheckpointError(ConfigError):
@@ -54,78 +51,57 @@ class Checkpoints:
     """The checkpoints of one run: the newest `keep`, the best by loss, and any milestones."""
 
     def __init__(self, directory: pathlib.Path, keep: int, milestone_every: int = 0) -> None:
-        policies: list[Any] = [
-            keep_policy.LatestN(keep),
-            keep_policy.BestN(get_metric_fn=lambda metrics: -metrics["loss"], n=1),
-        ]
-        if milestone_every:
-            policies.append(keep_policy.EveryNSteps(milestone_every))
         self.directory = directory.absolute()
         self._saving: int | None = None
-        self._failure: Exception | None = None  # of the last save, where it did not even start
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep_policy.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
-        )
-        self._manager = self._open()
+        self._failure: Exception | None = None  # of the last save, until `wait` tells it
+        policy = _Kept(keep, milestone_every, {})
+        self._saver = Saver(self.directory, (*ARRAYS, "meta"), policy, self._write_checksums)
+        self._losses = policy.losses
+        self._losses |= {step: loss for step in self.steps() if (loss := self._loss_of(step)) is not None}
 
-    def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self.directory, options=self._options, item_names=(*ARRAYS, "meta"))
+    def _loss_of(self, step: int) -> float | None:
+        """The loss that a checkpoint was saved with; None where there is none, or its file is damaged."""
+        try:
+            meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_bytes())
+        except (OSError, ValueError):
+            return None
+        loss = meta.get("loss") if isinstance(meta, dict) else None
+        return loss if isinstance(loss, float) else None
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._saver.manager.all_steps())
 
-    def save(self, state: TrainState, meta: dict[str, Any], loss: float) -> bool:
-        """Start writing `state` in the background; false if this step is there already.
+    def save(self, state: TrainState, meta: dict[str, Any], loss: float | None) -> None:
+        """Start writing `state` in the background, unless its step is there already.
 
-        A failure to write the previous one or this one (a full disk, say) is reported and training goes on:
-        older checkpoints stay. `wait` raises it.
+        `loss` is the mean over the window of the log that ends here, None where none does: such a checkpoint is
+        never the best. A failure to write this one (a full disk, say) is reported by the next call, and training
+        goes on: older checkpoints stay. `wait` raises it.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return False
-        arrays = {name: ocp.args.StandardSave(item) for name, item in _groups(state).items()}
+        if step in self._saver.manager.all_steps():
+            return
         self.settle()
         self._saving, self._failure = step, None
-        try:
-            args = ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta))
-            return self._manager.save(step, args=args, metrics={"loss": loss}, force=True)
-        except OSError as error:
-            self._failure = error
-            self._report(error)
-            return False
+        self._losses.pop(step, None)  # of one that was set aside
+        if loss is not None:
+            self._losses[step] = loss
+        arrays = {name: ocp.args.StandardSave(item) for name, item in _groups(state).items()}
+        self._saver.start(step, ocp.args.Composite(**arrays, meta=ocp.args.JsonSave(meta | {"loss": loss})))
 
     def settle(self) -> None:
         """Return when no save is in progress; a failure is reported."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            self._report(error)
-
-    def _report(self, error: Exception) -> None:
-        say(f"checkpoint of step {self._saving} could not be written ({error}); the older ones stay")
-        self._remove_unfinished()
-        self._manager.reload()
-
-    def _remove_unfinished(self) -> None:
-        """Give the room that a failed save has taken back: the disk may be full of it."""
-        if jax.process_index() == 0:
-            for folder in self.directory.glob(f"{self._saving}.*"):
-                shutil.rmtree(folder, ignore_errors=True)
+        failure = self._saver.settle()
+        if failure is not None:
+            self._failure = failure
+            say(f"checkpoint of step {self._saving} could not be written ({failure}); the older ones stay")
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises CheckpointError when it could not be written."""
-        try:
-            self._manager.wait_until_finished()
-            if self._failure is not None:
-                raise self._failure
-        except Exception as error:
-            self._remove_unfinished()
-            raise CheckpointError(
-                f"checkpoint of step {self._saving} could not be written: {error}"
-            ) from error
+        failure, self._failure = self._saver.settle() or self._failure, None
+        if failure is not None:
+            raise CheckpointError(f"checkpoint of step {self._saving} could not be written: {failure}")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -133,12 +109,10 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finish the save in progress; raises CheckpointError when that fails, unless something else already did."""
         try:
-            self.wait()
-        except CheckpointError:
-            if kind is None:
-                raise
+            if kind is None:  # else the other processes may be elsewhere
+                self.wait()
         finally:
-            self._manager.close()
+            self._saver.close()
 
     def restore(
         self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
@@ -150,7 +124,7 @@ class Checkpoints:
         is no damage: it is raised, and the checkpoint stays.
         """
         for step in reversed(self.steps()):
-            problem = self._problem(step)
+            problem = shared_damage(self.directory / str(step))
             if problem:
                 self._set_aside(step, problem)
                 continue
@@ -166,7 +140,7 @@ class Checkpoints:
         return TrainState(params=found["params"], ema=found["ema"], **found["rest"])
 
     def _read(self, step: int, **items: Any) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        return self._saver.manager.restore(step, args=ocp.args.Composite(**items))
 
     # -------------------------------------------------------------------------------------- integrity
 
@@ -177,22 +151,8 @@ class Checkpoints:
         (folder,) = (p for p in self.directory.iterdir() if p.name.partition(".")[0] == str(self._saving))
         (folder / CHECKSUMS).write_text(json.dumps(file_checksums(folder), indent=1))
 
-    def _problem(self, step: int) -> str:
-        """What is wrong with the files of a checkpoint ("" if nothing); all processes get the same answer."""
-        problem = ""
-        if jax.process_index() == 0:
-            try:
-                problem = find_damage(self.directory / str(step))
-            except OSError as error:
-                problem = f"cannot be read: {error}"
-        if jax.process_count() > 1:
-            bad = int(multihost_utils.broadcast_one_to_all(bool(problem)))
-            problem = problem or ("found damaged by process 0" if bad else "")
-        return problem
-
     def _set_aside(self, step: int, problem: str) -> None:
         say(f"checkpoint of step {step} is damaged ({problem}); going back to the one before it")
-        self._manager.close()
         if jax.process_index() == 0:
             aside = self.directory / f"damaged-{step}"
             while aside.exists():
@@ -200,24 +160,51 @@ class Checkpoints:
             os.rename(self.directory / str(step), aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set aside a damaged checkpoint")
-        self._manager = self._open()
+        self._saver.reopen()
 
 
-def file_checksums(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint's folder, by relative path.
+@dataclasses.dataclass(frozen=True)
+class _Kept(keep_policy.PreservationPolicy):
+    """`steps_to_keep` as Orbax asks for it. Its own policy of the best forgets the losses at every start."""
+
+    keep: int
+    milestone_every: int
+    losses: dict[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = steps_to_keep(steps, self.losses, self.keep, self.milestone_every)
+        return [step in kept for step in steps]
+
+
+def steps_to_keep(
+    steps: Sequence[int], losses: Mapping[int, float], keep: int, milestone_every: int
+) -> set[int]:
+    """Of these steps the newest `keep`, the one with the lowest loss (the last of equals), and the milestones."""
+    kept = set(sorted(steps)[-keep:])
+    known = [step for step in sorted(steps, reverse=True) if step in losses]
+    if known:
+        kept.add(min(known, key=lambda step: losses[step]))
+    if milestone_every:
+        kept |= {step for step in steps if step % milestone_every == 0}
+    return kept
+
+
+def file_checksums(folder: pathlib.Path, item: str = "") -> dict[str, str]:
+    """SHA-256 of every file below a checkpoint's folder, or below that of one item, by relative path.
 
     Left out are the list itself and Orbax's note of its times, which it completes after the list is made.
     """
     found = {}
-    for file in sorted(folder.rglob("*")):
+    for file in sorted((folder / item).rglob("*")):
         if file.is_file() and file.name not in (CHECKSUMS, "_CHECKPOINT_METADATA"):
             with file.open("rb") as data:
                 found[file.relative_to(folder).as_posix()] = hashlib.file_digest(data, "sha256").hexdigest()
     return found
 
 
-def find_damage(folder: pathlib.Path) -> str:
-    """The first file that is missing or differs from the list of checksums; "" for none."""
+def find_damage(folder: pathlib.Path, item: str = "") -> str:
+    """The first file, of one item or of all, that is missing or differs from the list of checksums; "" for none."""
     listing = folder / CHECKSUMS
     if not listing.is_file():
         return f"{listing} is missing"
@@ -225,10 +212,29 @@ def find_damage(folder: pathlib.Path) -> str:
         expected = json.loads(listing.read_text())
     except ValueError:
         return f"{listing} is not JSON"
-    found = file_checksums(folder)
+    if not isinstance(expected, dict):
+        return f"{listing} holds {str(expected)[:40]}, where an object of checksums is expected"
+    expected = {name: digest for name, digest in expected.items() if name.startswith(item and f"{item}/")}
+    if not expected:
+        return f"{listing} names no file" + (f" of {item}" if item else "")
+    found = file_checksums(folder, item)
     for name, digest in expected.items():
         if name not in found:
             return f"{folder / name} is missing"
         if found[name] != digest:
             return f"{folder / name} differs from its checksum"
     return ""
+
+
+def shared_damage(folder: pathlib.Path, item: str = "") -> str:
+    """What is wrong with the files of a checkpoint ("" for nothing): process 0 reads them, all get the answer."""
+    problem = ""
+    if jax.process_index() == 0:
+        try:
+            problem = find_damage(folder, item)
+        except OSError as error:
+            problem = f"cannot be read: {error}"
+    if jax.process_count() > 1:
+        bad = int(multihost_utils.broadcast_one_to_all(bool(problem)))
+        problem = problem or ("found damaged by process 0" if bad else "")
+    return problem

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def train(config: Config) -> TrainState:
         )
         state = checkpoints.restore(program.state, check_meta(config, meta["dataset"], checkpoints.directory))
         if state is None:
-            state = first_state(config, program)
+            state = first_state(config, program, metadata.label_names)
         else:
             say(f"going on from step {int(state.step)} in {workdir}")
         write_description(config, metadata, workdir)
@@ -97,12 +98,12 @@ def train(config: Config) -> TrainState:
     )
 
 
-def first_state(config: Config, program: Program) -> TrainState:
+def first_state(config: Config, program: Program, label_names: Sequence[str]) -> TrainState:
     """The state at step 0: fresh, or from the weights of another run."""
     state = program.init()
     if not config.train.init_from:
         return state
-    return program.start_from(initial_weights(config, state.params))
+    return program.start_from(initial_weights(config, state.params, label_names))
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Run:
             self.dataset, t.batch_size, t.seed, first, sharding, config.data.cache, config.data.workers
         )
         bar = tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
-        clock, loss = Throughput(config, self.mesh.size), float("inf")
+        clock = Throughput(config, self.mesh.size)
         # Once a line, not once a step: it reads all parameters.
         param_norm = jax.jit(optax.tree.norm, out_shardings=replicated(self.mesh))
         in_flight: collections.deque[Any] = collections.deque()
@@ -138,6 +139,7 @@ class Run:
             while step < t.steps:
                 state, metrics = self.program.step(state, next(data))
                 step += 1
+                loss: float | None = None  # of the window of the log that ends here
                 in_flight.append(metrics)
                 if len(in_flight) > STEPS_IN_FLIGHT:
                     jax.block_until_ready(in_flight.popleft())
@@ -149,14 +151,15 @@ class Run:
                 last = step == t.steps
                 if last or step % t.log_every == 0:
                     line = summarise(jax.device_get(state.totals))  # waits for this step
+                    shown = f"{line.get('loss', float('nan')):.4f}"
                     if step % t.log_every == 0:  # a run that is extended later completes the window
+                        loss = line.get("loss")
                         state = dataclasses.replace(state, totals=reset_totals(state.totals))
                     line |= clock.lap(step)
                     with clock.paused():
                         line["param_norm"] = float(param_norm(state.params))
-                    loss = line["loss"]
                     log.write(step, line)
-                    bar.set_postfix({"loss": f"{loss:.4f}", "img/s": f"{line['images_per_second']:.0f}"})
+                    bar.set_postfix({"loss": shown, "img/s": f"{line['images_per_second']:.0f}"})
                     if int(state.bad_streak) >= t.bad_steps:
                         return state
                 with clock.paused():
@@ -190,7 +193,9 @@ class Run:
     def last_good(self, failed: TrainState) -> TrainState:
         """The newest checkpoint, or the start, with data from after the step that failed."""
         self.checkpoints.settle()
-        state = self.checkpoints.restore(self.program.state) or first_state(self.config, self.program)
+        state = self.checkpoints.restore(self.program.state) or first_state(
+            self.config, self.program, self.dataset.metadata.label_names
+        )
         offset = failed.step + failed.data_offset - state.step
         return dataclasses.replace(state, data_offset=jax.device_put(offset, state.data_offset.sharding))
 

@@ -20,12 +20,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 
-from dit_jax.config import Config, ConfigError, from_json, to_json
+from dit_jax.config import Config, ConfigError, run_config, to_json
 from dit_jax.files import check_folder
 from dit_jax.training import ema
 from dit_jax.training.checkpoint import CheckpointError, say
+from dit_jax.training.saving import Saver
 from dit_jax.training.state import TrainState
 from dit_jax.training.weights import save_weights
+
+ITEMS = ("averages", "meta")
 
 
 class Snapshots:
@@ -35,45 +38,38 @@ class Snapshots:
         """Of a run that goes on after `step`: later snapshots are dropped, they will be written again."""
         self._widths = config.optim.ema_sigma_rel
         self._every = config.train.snapshot_every if self._widths else 0
-        self._manager: ocp.CheckpointManager | None = None
+        self._saver: Saver | None = None
+        self._saving = 0
         if self._every:
-            self._manager = _open(workdir, create=True)
-            for later in [s for s in self._manager.all_steps() if s > step]:
-                self._manager.delete(later)
+            self._saver = Saver(workdir / "snapshots", ITEMS)
+            for later in [s for s in self._saver.manager.all_steps() if s > step]:
+                self._saver.manager.delete(later)
 
     def __enter__(self) -> Snapshots:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._manager is not None:
-            try:
-                self._manager.close()
-            except Exception as error:
-                say(f"the last snapshot could not be written ({error})")
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._saver is not None:
+            if kind is None:  # else the other processes may be elsewhere
+                self._settle()
+            self._saver.close()
 
     def save(self, state: TrainState, step: int) -> None:
-        """Start writing a snapshot in the background, if one is due."""
-        if self._manager is None or step % self._every:
+        """Start writing a snapshot in the background, if one is due; where that fails, training goes on."""
+        if self._saver is None or step % self._every:
             return
+        self._settle()
+        self._saving = step
         args = ocp.args.Composite(
             averages=ocp.args.StandardSave(state.ema[-len(self._widths) :]),
             meta=ocp.args.JsonSave({"sigma_rel": self._widths, "updates": int(state.step - state.skipped)}),
         )
-        try:
-            self._manager.wait_until_finished()
-            self._manager.save(step, args=args, force=True)
-        except Exception as error:  # the average of another width is not worth the run
-            say(f"a snapshot up to step {step} could not be written ({error}); training goes on")
-            self._manager.reload()
+        self._saver.start(step, args)
 
-
-def _open(workdir: pathlib.Path, create: bool) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(
-        create=create, cleanup_tmp_directories=create, read_only=not create
-    )
-    return ocp.CheckpointManager(
-        (workdir / "snapshots").absolute(), options=options, item_names=("averages", "meta")
-    )
+    def _settle(self) -> None:
+        failure = self._saver.settle() if self._saver is not None else None
+        if failure is not None:
+            say(f"snapshot of step {self._saving} could not be written ({failure})")
 
 
 def reconstruct(workdir: pathlib.Path, sigma_rel: float, step: int | None = None) -> tuple[Any, int]:
@@ -84,7 +80,8 @@ def reconstruct(workdir: pathlib.Path, sigma_rel: float, step: int | None = None
     """
     steps = []
     if (workdir / "snapshots").is_dir():
-        manager = _open(workdir, create=False)
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+        manager = ocp.CheckpointManager((workdir / "snapshots").absolute(), options=options, item_names=ITEMS)
         steps = sorted(manager.all_steps())
     if not steps:
         raise CheckpointError(
@@ -141,11 +138,13 @@ def main(args: SnapshotArgs) -> None:
     workdir, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
     if out.exists():
         raise ConfigError(f"--out is {out}, which exists; expected a new folder")
-    if not (workdir / "config.json").is_file():
-        raise ConfigError(f"--workdir is {workdir}, which has no config.json; expected the folder of a run")
+    config = run_config("--workdir", workdir)
+    if not (workdir / "dataset.json").is_file():
+        raise ConfigError(
+            f"--workdir is {workdir}, which has no dataset.json; expected the folder of a trained run"
+        )
     check_folder("--out", out.parent)
     params, step = reconstruct(workdir, args.sigma_rel, args.step)
-    config = from_json((workdir / "config.json").read_text())
     optim = dataclasses.replace(config.optim, ema_more=(), ema_sigma_rel=())
     save_weights(out / "checkpoints", step, params)
     shutil.copy(workdir / "dataset.json", out / "dataset.json")
@@ -153,10 +152,20 @@ def main(args: SnapshotArgs) -> None:
     print(json.dumps({"sigma_rel": args.sigma_rel, "step": step, "out": str(out)}))
 
 
-if __name__ == "__main__":
+def run_command() -> int:
+    """The command; exit code 2: a bad option or folder, 130: interrupted by Ctrl-C."""
     import tyro
 
     try:
-        main(tyro.cli(SnapshotArgs))
+        main(tyro.cli(SnapshotArgs, prog="snapshots"))
     except ConfigError as error:
-        sys.exit(f"{error}")
+        print(f"snapshots: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("snapshots: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command())

@@ -24,7 +24,7 @@ class TrainState:
       step: finished steps, int32.
       params: float32 parameters of the network.
       opt_state: optax state.
-      ema: one average of the parameters per entry of `ema.averages(config)`, the main one first.
+      ema: `ema.num_averages(config.optim)` averages of the parameters, the main one first.
       skipped: steps whose update was left out because it was not finite, int32.
       bad_streak: how many of those came last, in a row, int32.
       data_offset: added to the step to choose data and draws; grows when a run is rolled back, int32.

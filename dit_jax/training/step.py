@@ -217,13 +217,18 @@ def make_train_step(
 
 
 def summarise(totals: dict[str, Any]) -> dict[str, float]:
-    """Means over the summed steps, ready for the log; `totals` on the host."""
-    steps = max(float(totals["steps"]), 1.0)
+    """Means over the summed steps, ready for the log; `totals` on the host.
+
+    Updates that were left out do not count: where all were, there are no means, only `skipped`.
+    """
+    line = {"skipped": float(totals["skipped"])}
+    steps = float(totals["steps"])
+    if steps == 0:
+        return line
     sums = ("steps", "skipped", "loss_sum", "loss_count")
-    line = {name: float(totals[name]) / steps for name in zero_totals() if name not in sums}
+    line |= {name: float(totals[name]) / steps for name in zero_totals() if name not in sums}
     for i in range(4):
         count = float(totals["loss_count"][i])
         if count > 0:
             line[f"loss_t{i + 1}of4"] = float(totals["loss_sum"][i]) / count
-    line["skipped"] = float(totals["skipped"])
     return line

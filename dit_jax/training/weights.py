@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from dit_jax.config import Config, ConfigError, from_json
+from dit_jax.config import Config, ConfigError, ModelConfig, run_config
 from dit_jax.models.dit import build_model
-from dit_jax.training.checkpoint import CHECKSUMS, CheckpointError, file_checksums, find_damage
+from dit_jax.training.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
 from dit_jax.training.ema import num_averages
 from dit_jax.training.state import init_params
+from dit_jax.training.workdir import read_metadata
 
 Kind = Literal["ema", "params"]
+TABLE = "y_embed/embedding"
 
 
 def checkpoint_steps(directory: pathlib.Path) -> list[int]:
@@ -32,25 +38,76 @@ def load_weights(
     """(parameters laid out like `like`, the step they are of): the newest checkpoint's, or that of `step`.
 
     `like` is a tree of `jax.ShapeDtypeStruct` with shardings; `config` the run's own. "ema" is the main average.
-    Raises CheckpointError where there is no such checkpoint or its files are damaged.
+    Only what is asked for is read, and checked, by process 0. Raises CheckpointError where there is no such
+    checkpoint, its files are damaged, or its network is not the one that `like` describes.
     """
+    while True:
+        chosen = _choose_step(directory, step)
+        try:
+            return _read(directory, chosen, like, config, kind), chosen
+        except Exception as error:
+            if chosen in checkpoint_steps(directory) or jax.process_count() > 1:
+                raise
+            if step is not None:
+                raise CheckpointError(f"checkpoint of step {step} was deleted while it was read") from error
+            # The run goes on, and has deleted this one: there is a newer one.
+
+
+def _choose_step(directory: pathlib.Path, step: int | None) -> int:
+    """`step`, or the newest that process 0 sees; raises CheckpointError where there is none."""
     steps = checkpoint_steps(directory)
     if not steps:
         raise CheckpointError(
             f"{directory} holds no finished checkpoint; expected the folder of a trained run"
         )
+    if step is not None and step not in steps:
+        raise CheckpointError(f"--step is {step}; {directory} has {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
-    if chosen not in steps:
-        raise CheckpointError(f"--step is {chosen}; {directory} has {', '.join(map(str, steps))}")
-    folder = directory.absolute() / str(chosen)
-    problem = find_damage(folder)
+    return int(multihost_utils.broadcast_one_to_all(chosen)) if jax.process_count() > 1 else chosen
+
+
+def _read(directory: pathlib.Path, step: int, like: Any, config: Config, kind: Kind) -> Any:
+    folder = directory.absolute() / str(step)
+    problem = shared_damage(folder, kind)
     if problem:
-        raise CheckpointError(f"checkpoint of step {chosen} is damaged: {problem}; --step chooses another")
-    with ocp.StandardCheckpointer() as reader:
-        if kind == "params":
-            return reader.restore(folder / "params", like), chosen
-        averages = tuple(jax.tree.map(lambda leaf: leaf, like) for _ in range(num_averages(config.optim)))
-        return reader.restore(folder / "ema", averages)[0], chosen
+        raise CheckpointError(f"checkpoint of step {step} is damaged: {problem}; --step chooses another")
+    others = num_averages(config.optim) - 1 if kind == "ema" else 0
+    # What is not asked for has a placeholder in its place.
+    nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, like)
+    wanted = like if kind == "params" else (like, *[nothing] * others)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = reader.metadata(folder / kind).item_metadata.tree
+        if kind == "ema" and len(stored) != others + 1:
+            raise CheckpointError(
+                f"checkpoint of step {step} in {directory} holds {len(stored)} averages; {directory.parent}"
+                f"/config.json says {others + 1} (optim.ema_more and optim.ema_sigma_rel, after the main one)"
+            )
+        _check_shapes(stored if kind == "params" else stored[0], like, config, directory, step)
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=jax.tree.map(_restore_args, wanted))
+        found = reader.restore(folder / kind, args=restore)
+    return found if kind == "params" else found[0]
+
+
+def _restore_args(leaf: Any) -> ocp.RestoreArgs:
+    if leaf is ocp.PLACEHOLDER:
+        return ocp.RestoreArgs()
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _check_shapes(stored: Any, like: Any, config: Config, directory: pathlib.Path, step: int) -> None:
+    """Raises CheckpointError, naming the first parameter in which the checkpoint is of another network."""
+    there, here = ({_name(path): leaf.shape for path, leaf in _leaves(tree)} for tree in (stored, like))
+    for name in sorted(there.keys() | here.keys()):
+        found, expected = there.get(name), here.get(name)
+        if found != expected:
+            text = f"{name} {found or 'absent'}, the model in {directory.parent / 'config.json'} {expected or 'none'}"
+            if found and expected and expected[0] == config.model.depth and found[1:] == expected[1:]:
+                text += f": --model.depth is {found[0]} there, {expected[0]} here"
+            raise CheckpointError(f"checkpoint of step {step} in {directory} has {text}")
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
 
 
 def save_weights(directory: pathlib.Path, step: int, params: Any) -> None:
@@ -65,22 +122,20 @@ def save_weights(directory: pathlib.Path, step: int, params: Any) -> None:
     os.rename(unfinished, directory / str(step))
 
 
-def initial_weights(config: Config, fresh: Any) -> Any:
+def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ()) -> Any:
     """Parameters for a new run from the averaged weights of the run in `config.train.init_from`.
 
-    The label table is taken from `fresh`, this run's own first parameters, if its number of rows differs.
-    Raises ConfigError, naming the parameter, where anything else does.
+    `fresh` are this run's own first parameters, `label_names` its classes. They decide what becomes of the label
+    table (`shared_rows`). Says on stderr which weights these are, and where the process differs from theirs.
+    Raises ConfigError, naming the parameter, where anything but the label table's rows differs.
     """
-    source = pathlib.Path(config.train.init_from)
-    if not (source / "config.json").is_file():
-        raise ConfigError(
-            f"--train.init-from is {source}, which has no config.json; expected the folder of a trained run"
-        )
-    their_config = from_json((source / "config.json").read_text())
+    option, source = "--train.init-from", pathlib.Path(config.train.init_from)
+    their_config = run_config(option, source)
+    their_names = read_metadata(option, source).label_names if (source / "dataset.json").is_file() else ()
     theirs = jax.eval_shape(
         lambda key: init_params(build_model(their_config), their_config, key), jax.random.key(0)
     )
-    ours = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
+    ours = {_name(path): leaf for path, leaf in _leaves(fresh)}
     mesh = next(iter(ours.values())).sharding.mesh
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
@@ -90,22 +145,64 @@ def initial_weights(config: Config, fresh: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     like = jax.tree_util.tree_map_with_path(layout, theirs)
-    loaded, _ = load_weights(source / "checkpoints", like, their_config)
-    found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(loaded)}
+    loaded, step = load_weights(source / "checkpoints", like, their_config)
+    found = {_name(path): leaf for path, leaf in _leaves(loaded)}
+    rows = shared_rows(config.model, label_names, their_config.model, their_names)
+    say(
+        f"starting from the averaged weights of step {step} in {source}"
+        + (f", {len(rows)} of {len(ours[TABLE])} rows of the label table among them" if TABLE in ours else "")
+    )
+    _warn_of_another_process(config, their_config)
 
     def choose(path: Any, mine: jax.Array) -> jax.Array:
         name = _name(path)
         given = found.get(name)
+        if name == TABLE and (given is None or given.shape[1:] == mine.shape[1:]):
+            return _copy_rows(mine, given, rows) if given is not None else mine
         if given is not None and given.shape == mine.shape:
             return given
-        if name == "y_embed/embedding":
-            return mine
         shape = "none" if given is None else given.shape
         raise ConfigError(
-            f"--train.init-from {source} has {shape} for parameter {name}; this model needs {mine.shape}"
+            f"{option} {source} has {shape} for parameter {name}; this model needs {mine.shape}"
         )
 
     return jax.tree_util.tree_map_with_path(choose, fresh)
+
+
+def shared_rows(
+    ours: ModelConfig, our_names: Sequence[str], theirs: ModelConfig, their_names: Sequence[str]
+) -> list[tuple[int, int]]:
+    """(row here, row there) of the label table's rows that stand for the same class in two runs.
+
+    Classes are the same by name. Where a run has no names, they are if their number agrees; where a name stands
+    twice, if the lists of names agree. The null row is one class more, if both have it.
+    """
+    if our_names and their_names and list(our_names) != list(their_names):
+        there = {name: i for i, name in enumerate(their_names) if their_names.count(name) == 1}
+        rows = [(i, there[n]) for i, n in enumerate(our_names) if n in there and our_names.count(n) == 1]
+    else:
+        rows = [(i, i) for i in range(ours.num_classes)] if ours.num_classes == theirs.num_classes else []
+    if ours.class_dropout_prob > 0 and theirs.class_dropout_prob > 0:
+        rows.append((ours.num_classes, theirs.num_classes))
+    return rows
+
+
+def _copy_rows(mine: jax.Array, given: jax.Array, rows: Sequence[tuple[int, int]]) -> jax.Array:
+    to, of = np.array(rows, np.int32).reshape(-1, 2).T
+    copy = jax.jit(lambda mine, given: mine.at[to].set(given[of]), out_shardings=mine.sharding)
+    return copy(mine, given)
+
+
+def _warn_of_another_process(config: Config, theirs: Config) -> None:
+    """One line that names the options of the process in which another run's weights were trained otherwise."""
+    here, there = dataclasses.asdict(config.diffusion), dataclasses.asdict(theirs.diffusion)
+    different = [
+        f"--diffusion.{name.replace('_', '-')} {value} (there {there[name]})"
+        for name, value in here.items()
+        if value != there[name] and not (name == "sigma" and config.diffusion.learn_sigma)
+    ]
+    if different:
+        say(f"warning: those weights were trained for another process than {', '.join(different)}")
 
 
 def _name(path: Any) -> str:

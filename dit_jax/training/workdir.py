@@ -49,6 +49,20 @@ def check_same_run(config: Config, saved: Config, where: str | os.PathLike[str])
                 )
 
 
+def read_metadata(option: str, workdir: pathlib.Path) -> LatentMetadata:
+    """The metadata of the dataset of the run in a folder that `option` names; raises ConfigError."""
+    path = workdir / "dataset.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{option} is {workdir}, which has no {path.name}; expected the folder of a trained run"
+        )
+    try:
+        text = path.read_text()
+    except (OSError, ValueError) as error:  # bytes that are no text
+        raise ConfigError(f"{path} cannot be read ({error}); expected it as training wrote it") from None
+    return LatentMetadata.from_json(text, str(path))
+
+
 def meta_of(config: Config, fingerprint: str) -> dict[str, Any]:
     """What a checkpoint says of itself."""
     return {"config": json.loads(to_json(config)), "dataset": fingerprint}

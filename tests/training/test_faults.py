@@ -1,5 +1,6 @@
 """What goes wrong in long runs: damaged files, updates that are not finite, a full disk. No run is lost."""
 
+import contextlib
 import pathlib
 import pickle
 import shutil
@@ -143,10 +144,26 @@ def test_a_bad_batch_is_skipped_counted_and_logged(config, monkeypatch):
     c = config(steps=6)
     state = train(c)
     assert (int(state.step), int(state.skipped), int(state.bad_streak)) == (6, 1, 0)
-    assert [line["skipped"] for line in lines_of(c)] == [0, 0, 0, 1, 0, 0]
-    assert all(np.isfinite(line["loss"]) for line in lines_of(c))
+    lines = lines_of(c)
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 0, 0]
+    assert ["loss" in line for line in lines] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]  # not 0.0: there is none
+    assert all(np.isfinite(value) for line in lines for value in line.values())
     # No checkpoint of step 4, whose update was left out.
     assert Checkpoints(pathlib.Path(c.train.workdir) / "checkpoints", 9).steps() == [2, 6]
+
+
+def test_a_window_without_an_update_is_not_the_best(config, monkeypatch):
+    poison(monkeypatch, {2, 3})  # the second window of the log; the checkpoint of step 5 ends none
+    c = config(steps=15, log_every=2, checkpoint_every=5, keep=1)
+    train(c)
+    assert Checkpoints(pathlib.Path(c.train.workdir) / "checkpoints", 9).steps() == [10, 15]
 
 
 def test_many_bad_updates_go_back_and_on_with_other_data(config, monkeypatch, capsys):
@@ -224,20 +241,51 @@ def test_a_last_save_that_fails_at_once_ends_with_an_error(six_steps, config, tm
     assert "checkpoint of step 8 could not be written" in capsys.readouterr().err  # training went on
 
 
-def test_a_full_disk_stops_no_log(tmp_path, capsys):
-    with MetricsLog(tmp_path, 0) as log:
+def fill(folder):
+    """Take all the room of a file system; gives the file that holds it."""
+    file = folder / "filler"
+    with file.open("wb", buffering=0) as out, contextlib.suppress(OSError):
+        while out.write(bytes(4096)):
+            pass
+    return file
+
+
+def test_a_full_disk_stops_no_log(small_disk, capfd):
+    folder = small_disk(1)
+    with MetricsLog(folder, 0) as log:
         log.write(1, {"loss": 1.0})
-        good = log._file
-        log._file = open("/dev/full", "a")  # noqa: SIM115  (what the kernel says of a full disk)
-        log._events.flush = log._file.flush
-        log._file.write("x")
-        log.write(2, {"loss": 0.5})
-        log.write(3, {"loss": 0.4})
-        good.close()
-    said = capsys.readouterr().err
-    assert "metrics of step 2 could not be written ([Errno 28] No space left on device)" in said
-    assert said.count("TensorBoard events of step 2") == said.count("TensorBoard") == 1
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1]
+        filler = fill(folder)
+        for step in range(2, 52):  # more than what is left of the log's last page
+            log.write(step, {"loss": 0.5, "metric": 0.1234567890123456})
+        assert len(read_lines(folder / "metrics.jsonl")) < 51
+        filler.unlink()
+        log.write(52, {"loss": 0.4})
+        fill(folder)
+        with MetricsLog(folder, 40):  # a run goes back while the disk is full
+            assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, 41))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1, said
+    assert said[0].startswith("the metrics of step ") and "No space left on device" in said[0]
+    assert all(file.stat().st_size for file in (folder / "tensorboard").iterdir())
+
+
+def test_tensorboard_reads_the_events_of_a_run_that_goes_on(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    for start, steps in ((0, (1, 2)), (1, (2, 3))):
+        with MetricsLog(tmp_path, start) as log:
+            for step in steps:
+                log.write(step, {"loss": step / 4})
+    found = []
+    for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
+        data = file.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            found += [(event.step, "start")] if event.HasField("session_log") else []
+            data = data[16 + size :]
+    assert found == [(1, "loss", 0.25), (2, "loss", 0.5), (2, "start"), (2, "loss", 0.5), (3, "loss", 0.75)]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config, tmp_path):

@@ -156,3 +156,24 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     assert [line["step"] for line in read_lines(path)] == [1, 2]
     truncate(path, 1)
     assert path.read_text() == '{"step": 1, "loss": 3.0}\n'
+
+
+def test_lines_of_another_kind_are_left_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'[1]\n7\n{"loss": 3.0}\n\xff\n{"step": "x"}\n\n{"step": 1}\nnote\n{"step": 2}\n')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    truncate(path, 1)
+    assert path.read_bytes().endswith(b'{"step": 1}\nnote\n')
+
+
+def test_restarts_leave_the_checkpoints_of_a_run_that_was_never_interrupted(config, tmp_path):
+    options = {"log_every": 3, "checkpoint_every": 3, "keep": 2, "milestone_every": 12}
+    for name, parts in (("parts", (6, 12, 21)), ("whole", (21,))):
+        for steps in parts:
+            train(config(name, steps=steps, **options))
+    left = [
+        sorted(int(p.name) for p in (tmp_path / name / "checkpoints").iterdir())
+        for name in ("parts", "whole")
+    ]
+    assert left[0] == left[1]
+    assert {12, 18, 21} <= set(left[0]) and len(left[0]) <= 4

@@ -1,0 +1,179 @@
+"""Orbax's manager of saves for disks that can fill up: a save that fails costs itself, and nothing after it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+# Orbax narrates every save, and asyncio what a failed one has left undone; their errors are raised too.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+class Saver:
+    """Writes numbered folders in the background, each whole or not at all; all processes agree on which.
+
+    A failed save is reported once, by `settle`. Its files are removed, and the next one begins afresh: the
+    manager that failed would raise old errors for a new save.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        item_names: Sequence[str],
+        policy: Any = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
+        """`policy` says what is kept (None: all); `before_commit` runs on process 0 when all files are written."""
+        self.directory = directory.absolute()
+        self._names = tuple(item_names)
+        self._meeting = Meeting() if jax.process_count() > 1 else None
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=before_commit, barrier_sync_fn=self._meeting
+            ),
+        )
+        self._failure: Exception | None = None
+        self.manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(self.directory, options=self._options, item_names=self._names)
+
+    def start(self, step: int, args: ocp.args.Composite) -> None:
+        """Start writing `step` in the background; no other save may be in progress (`settle`)."""
+        if self._meeting is not None:
+            self._meeting.begin()
+        try:
+            self.manager.save(step, args=args, force=True)
+        except Exception as error:
+            if self._meeting is not None:  # the other processes are inside of it
+                raise
+            self._failure = error
+
+    def settle(self) -> Exception | None:
+        """Return when no save is in progress: what went wrong with the last one, the same for all processes."""
+        failure, self._failure = self._failure, None
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            failure = error
+        if self._meeting is not None:
+            failed = np.flatnonzero(multihost_utils.process_allgather(np.bool_(failure is not None)))
+            if failed.size and failure is None:
+                failure = OSError(f"process {failed[0]} failed")
+        if failure is not None:
+            self._discard()
+            self.manager = self._open()
+        return failure
+
+    def reopen(self) -> None:
+        """Look at the folder anew, after something else has changed it."""
+        self.manager.close()
+        self.manager = self._open()
+
+    def close(self) -> None:
+        """Stop, in this process alone; `settle` before it tells how the last save ended."""
+        try:
+            self.manager.close()
+        except Exception:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Close the manager, whatever it still has to say, and remove what a failed save has left.
+
+        Writes that the save gave up go on for a moment and make its folders anew.
+        """
+        for _ in range(3):  # it stops at each error that it holds
+            with contextlib.suppress(Exception):
+                self.manager.close()
+        end, clean = time.monotonic() + 10, 0
+        while jax.process_index() == 0 and clean < 4 and time.monotonic() < end:
+            left = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            clean = 0 if left else clean + 1
+            time.sleep(0.05)
+
+
+class Meeting:
+    """Where the processes of a save wait for each other. One that has failed says so: nobody waits for it.
+
+    Orbax's own barriers would wait 20 minutes. It calls this one when a process's files are written, when
+    process 0 has committed them, and at the end of a save, also of one that has failed.
+    """
+
+    _count = itertools.count()
+    _places = ("async_write_complete", "async_commit_complete")
+
+    def __init__(self) -> None:
+        from jax._src import distributed  # the only way to its store of keys and values
+
+        self._store: Any = distributed.global_state.client
+        self._save = ""
+
+    def begin(self) -> None:
+        """A new save; called by all processes when the last one has ended in all of them."""
+        if self._save and jax.process_index() == 0:
+            self._store.key_value_delete(self._save)
+        self._save = f"dit_jax/save/{next(Meeting._count)}/"
+        self._ahead = list(self._places)
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Return when all processes are here; raises OSError where one has failed on its way."""
+        error = sys.exception()
+        place = next((place for place in self._places if place in key), None)
+        if place is not None:
+            self._ahead.remove(place)
+            problem = self._meet(place, timeout_ms)
+            if problem:
+                raise OSError(problem)
+        elif error is not None:  # the end of a failed save, after which there is nothing to wait for
+            for place in self._ahead:
+                self._say(place, f"{error}" or repr(error))
+            self._ahead.clear()
+
+    def _say(self, place: str, problem: str) -> None:
+        me = jax.process_index()
+        self._store.key_value_set(f"{self._save}{place}/{'all' if me == 0 else me}", problem or "-")
+
+    def _meet(self, place: str, timeout_ms: int) -> str:
+        def read(who: object) -> str:
+            said = self._store.blocking_key_value_get(f"{self._save}{place}/{who}", timeout_ms)
+            return "" if said == "-" else said
+
+        if jax.process_index() != 0:
+            self._say(place, "")
+            return read("all")
+        problem = next(filter(None, map(read, range(1, jax.process_count()))), "")
+        self._say(place, problem)
+        return problem
+
+
+def _ignore_closed_loops() -> None:
+    """Keep each write that a failed save gave up from printing that nobody waits for it any more."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, RuntimeError) or "Event loop is closed" not in str(
+            unraisable.exc_value
+        ):
+            report(unraisable)
+
+    sys.unraisablehook = hook
+
+
+_ignore_closed_loops()

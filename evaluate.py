@@ -5,6 +5,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from dit_jax import signals
+
+if __name__ == "__main__":
+    signals.leave_on_signals("evaluate.py", "interrupted")
+    signals.watch()
+
 import tyro
 
 from dit_jax.config import ConfigError

@@ -4,10 +4,17 @@ python prepare.py --source folder:flowers --vae stabilityai/sd-vae-ft-mse --imag
 python prepare.py inspect data/flowers
 """
 
+import sys
+
+from dit_jax import signals
+
+if __name__ == "__main__":
+    signals.leave_on_signals("prepare.py", "interrupted; the same command goes on")
+    signals.watch()
+
 import dataclasses
 import os
 import pathlib
-import sys
 from typing import Annotated, Literal
 
 import tyro
@@ -93,20 +100,22 @@ def prepare(args: Prepare) -> None:
         index, count = jax.process_index(), jax.process_count()
     source = sources.open_source(args.source, args.split, args.tfds_data_dir)
     make = encoders.diffusers_encoder if args.vae_backend == "diffusers" else encoders.flax_encoder
-    metadata = encode.prepare(
-        source,
-        make(args.vae, args.precision),
-        args.out,
-        image_size=args.image_size,
-        mirrors=args.mirrors,
-        dtype=args.dtype,
-        shard_size=args.shard_size,
-        batch_size=args.batch_size,
-        skip_bad=args.skip_bad,
-        workers=args.workers,
-        process_index=index,
-        process_count=count,
-    )
+    encoder = make(args.vae, args.precision)
+    with signals.interruptible():  # workers and unfinished shards go away
+        metadata = encode.prepare(
+            source,
+            encoder,
+            args.out,
+            image_size=args.image_size,
+            mirrors=args.mirrors,
+            dtype=args.dtype,
+            shard_size=args.shard_size,
+            batch_size=args.batch_size,
+            skip_bad=args.skip_bad,
+            workers=args.workers,
+            process_index=index,
+            process_count=count,
+        )
     print(
         f"{args.out}: "
         + (f"done\n{describe(metadata)}" if metadata else "waiting for other processes' shards")

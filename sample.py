@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import sys
 
+from dit_jax import signals
+
+if __name__ == "__main__":
+    signals.leave_on_signals("sample.py", "interrupted")
+
 from dit_jax.memory import keep_freed_memory
 
 keep_freed_memory()  # before NumPy and JAX start threads
@@ -15,6 +20,7 @@ from dit_jax.config import ConfigError
 from dit_jax.generation.command import SampleArgs, main
 
 if __name__ == "__main__":
+    signals.watch()
     keep_compiled_programs()
     try:
         sys.exit(main(tyro.cli(SampleArgs, description=__doc__)))

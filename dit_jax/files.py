@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from dit_jax import signals
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 
@@ -27,6 +28,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(target)
+    signals.unfinished.add(os.fspath(beside))
     try:
         yield beside
         with beside.open("rb") as written:
@@ -35,6 +37,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+    finally:
+        signals.unfinished.discard(os.fspath(beside))
     sync_folder(target.parent)
 
 

@@ -22,21 +22,29 @@ def num_averages(config: OptimConfig) -> int:
     return 1 + len(config.ema_more) + len(config.ema_sigma_rel)
 
 
-def decays(config: OptimConfig, updates: jax.Array) -> tuple[jax.Array, ...]:
-    """The decay of each average at the update that follows `updates` earlier ones, n below.
+def rates(config: OptimConfig, updates: jax.Array) -> tuple[jax.Array, ...]:
+    """The weight of the new parameters in each average, float32, at the update that follows `updates` earlier ones.
 
-    Exponential: min(decay, (1 + n) / (10 + n)); at a fixed 0.9999 the average would be the random start for
-    the first tens of thousands of steps. Power function: (1 - 1/t)^(gamma + 1) with t = n + 1 (EDM2, eq. 2).
+    That is 1 - decay, with n for `updates`. Exponential: the decay is min(decay, (1 + n) / (10 + n)); at a fixed
+    0.9999 the average would be the random start for the first tens of thousands of steps. Power function: it is
+    (1 - 1/t)^(gamma + 1) with t = n + 1 (EDM2, eq. 2). After millions of updates a float32 keeps few digits of
+    what such a decay lacks to 1, so the decay itself is not computed.
     """
     n = updates.astype(jnp.float32)
-    fixed = tuple(jnp.minimum(d, (1 + n) / (10 + n)) for d in (config.ema_decay, *config.ema_more))
-    power = tuple((1 - 1 / (n + 1)) ** (sigma_rel_to_gamma(s) + 1) for s in config.ema_sigma_rel)
+    fixed = tuple(jnp.maximum(1 - d, 9 / (10 + n)) for d in (config.ema_decay, *config.ema_more))
+    log = jnp.log1p(-1 / (n + 1))
+    power = tuple(-jnp.expm1((sigma_rel_to_gamma(s) + 1) * log) for s in config.ema_sigma_rel)
     return fixed + power
 
 
-def update(average: Any, params: Any, decay: jax.Array) -> Any:
-    """decay * average + (1 - decay) * params."""
-    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)
+def decays(config: OptimConfig, updates: jax.Array) -> tuple[jax.Array, ...]:
+    """The decay of each average, rounded to float32: 1 - `rates`."""
+    return tuple(1 - rate for rate in rates(config, updates))
+
+
+def update(average: Any, params: Any, rate: jax.Array) -> Any:
+    """(1 - rate) * average + rate * params."""
+    return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
 
 
 def sigma_rel_to_gamma(sigma_rel: float) -> float:

@@ -188,8 +188,8 @@ def make_train_step(
         def update(params: Any, opt_state: Any, averages: Any) -> tuple[Any, Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
-            decays = ema.decays(config.optim, updates_done)
-            averages = tuple(ema.update(a, params, d) for a, d in zip(averages, decays, strict=True))
+            rates = ema.rates(config.optim, updates_done)
+            averages = tuple(ema.update(a, params, rate) for a, rate in zip(averages, rates, strict=True))
             return params, opt_state, averages
 
         new = update_if(finite, update, (state.params, state.opt_state, state.ema))

@@ -35,7 +35,7 @@ def test_all_averages_follow_their_recursions(tiny):
     history = rng.normal(size=(50, 3))
     averages = [jnp.zeros(3)] * 4
     for n, value in enumerate(history):
-        rates = ema.decays(config.optim, jnp.asarray(n))
+        rates = ema.rates(config.optim, jnp.asarray(n))
         averages = [
             ema.update(a, jnp.asarray(value, jnp.float32), r) for a, r in zip(averages, rates, strict=True)
         ]
@@ -48,6 +48,40 @@ def test_all_averages_follow_their_recursions(tiny):
     for average, width in zip(averages[2:], (0.05, 0.2), strict=True):
         expected = power_average(history, ema.sigma_rel_to_gamma(width))
         np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-6)
+
+
+WIDTHS = (0.02, 0.1, 0.25)
+
+
+@pytest.mark.parametrize("updates", [0, 1, 10**3, 3 * 10**6, 10**7, 2**24 + 1, 2**31 - 1])
+def test_rates_are_right_however_late(tiny, updates):
+    config = tiny.config(optim={"ema_decay": 0.9999, "ema_more": (0.999999,), "ema_sigma_rel": WIDTHS}).optim
+    n = np.float64(updates)
+    exact = [1 - min(decay, (1 + n) / (10 + n)) for decay in (0.9999, 0.999999)]
+    with np.errstate(divide="ignore"):
+        exact += [-np.expm1((ema.sigma_rel_to_gamma(width) + 1) * np.log1p(-1 / (n + 1))) for width in WIDTHS]
+    np.testing.assert_allclose(ema.rates(config, jnp.asarray(updates)), exact, rtol=1e-6)
+    np.testing.assert_allclose(ema.decays(config, jnp.asarray(updates)), 1 - np.asarray(exact), atol=1e-7)
+
+
+def test_a_late_average_moves_as_far_as_in_float64(tiny):
+    """20,000 updates around the seven millionth, from an average of 0 to parameters of 1."""
+    config = tiny.config(optim={"ema_sigma_rel": WIDTHS}).optim
+    first, count = 7 * 10**6, 20_000
+
+    @jax.jit
+    def run(averages):
+        def one(averages, n):
+            rates = ema.rates(config, n)
+            return tuple(ema.update(a, 1.0, r) for a, r in zip(averages, rates, strict=True)), None
+
+        return jax.lax.scan(one, averages, first + jnp.arange(count))[0]
+
+    found = run((jnp.zeros(()),) * 4)[1:]
+    gammas = np.asarray([ema.sigma_rel_to_gamma(width) for width in WIDTHS])
+    # The product of all decays telescopes: what is left of the start.
+    left = np.exp((gammas + 1) * (np.log(first) - np.log(first + count)))
+    np.testing.assert_allclose(found, 1 - left, rtol=1e-3)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.25])
@@ -82,14 +116,15 @@ def trained(tiny, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     rng = np.random.default_rng(0)
     history = np.cumsum(rng.normal(size=2000) * 0.1) + np.sin(np.arange(2000) / 300)
-    gammas = [ema.sigma_rel_to_gamma(width) for width in config.optim.ema_sigma_rel]
     params = {"final_linear": {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}}
     state = make_state(params, make_optimizer(config), config)
     averages = [0.0, 0.0]
+    rates = np.asarray(
+        jax.vmap(lambda n: jnp.stack(ema.rates(config.optim, n)[1:]))(jnp.arange(2000)), np.float64
+    )
     with Snapshots(workdir, config, 0) as snapshots:
         for t, value in enumerate(history, start=1):
-            betas = [(1 - 1 / t) ** (g + 1) for g in gammas]
-            averages = [b * a + (1 - b) * value for a, b in zip(averages, betas, strict=True)]
+            averages = [a + r * (value - a) for a, r in zip(averages, rates[t - 1], strict=True)]
             if t % 250 == 0:
                 trees = tuple(jax.tree.map(lambda x, v=v: jnp.full_like(x, v), params) for v in averages)
                 now = dataclasses.replace(state, step=jnp.asarray(t), ema=(params, *trees))

@@ -97,16 +97,21 @@ def variants() -> Iterator[Variant]:
     yield training("train", "microbatch-64", f"{BEST_KNOWN} --microbatch 64", batch_sizes=(256,))
 
     peer = "--only peer --peer torch"
-    yield training("torch", "plain", peer)
-    for mode in ("default", "max-autotune"):
-        yield training("torch", f"compiled-{mode}", f"{peer} --peer-compile {mode}")
-    yield training("torch", "diffusers-compiled", "--only peer --peer diffusers --peer-compile max-autotune")
+    for precision, name in (("autocast", ""), ("master", "master-")):
+        how = f"{peer} --peer-precision {precision} --peer-compile"
+        yield training("torch", f"{name}plain", f"{how} none")
+        for mode in ("default", "max-autotune"):
+            yield training("torch", f"{name}compiled-{mode}", f"{how} {mode}")
+    compiled = {
+        name: f"--peer-precision {name} --peer-compile max-autotune" for name in ("autocast", "master")
+    }
+    yield training("torch", "diffusers-compiled", f"--only peer --peer diffusers {compiled['autocast']}")
 
     for steps in (250, 50):
         yield sampling("sample", "jax", steps, "--only jax --attention auto")
     yield sampling("sample", "unrolled", 50, "--only jax --attention auto --unroll")
     for steps in (250, 50):
-        yield sampling("sample-torch", "plain", steps, peer)
+        yield sampling("sample-torch", "plain", steps, f"{peer} --peer-compile none")
         yield sampling("sample-torch", "compiled-max-autotune", steps, f"{peer} --peer-compile max-autotune")
         yield sampling(
             "sample-torch", "diffusers-compiled", steps,
@@ -132,12 +137,14 @@ def variants() -> Iterator[Variant]:
     large = "--latent-size 64"
     sizes = (64, 48, 32, 16)
     yield training("xl512", "jax", f"{BEST_KNOWN} {large}", batch_sizes=sizes)
-    yield training("xl512", "torch", f"{peer} --peer-compile max-autotune {large}", batch_sizes=sizes)
+    for name, how in compiled.items():
+        yield training("xl512", f"torch-{name}", f"{peer} {how} {large}", batch_sizes=sizes)
     for model in ("DiT-B/2", "DiT-L/2"):
         short = model[4].lower()
         yield training("family", f"{short}2-kept", "--remat none", model=model)
         yield training("family", f"{short}2-remat", BEST_KNOWN, model=model)
-        yield training("family", f"{short}2-torch", f"{peer} --peer-compile max-autotune", model=model)
+        for name, how in compiled.items():
+            yield training("family", f"{short}2-torch-{name}", f"{peer} {how}", model=model)
 
 
 # ---------------------------------------------------------------------------------------- running one

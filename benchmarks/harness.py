@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, networks with weights that matter, timing in turns, results as JSON.
+"""What the benchmarks share: options, networks with weights that matter, times, results as JSON.
 
 Every script first checks that what it will time computes the same as the plain float32 path, and stops if not.
 Nothing here needs more than JAX, Flax, Optax and NumPy.
@@ -22,18 +22,20 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import workers
 
 from dit_jax import flops
 from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, model_sizes
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's autoencoder
-TOLERANCE = {"float32": 1e-3, "bfloat16": 4e-2, "fp8": 1e-1}  # relative L2 error to plain float32
+# Relative L2 error to plain float32. tf32 keeps three bits more than bfloat16: a margin of one is left.
+TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 4e-2, "fp8": 1e-1}
 
 
 # -------------------------------------------------------------------------------------------- options
@@ -61,7 +63,14 @@ def add_model_options(new: argparse.ArgumentParser, model: str, batch_size: int)
     kernels = ("auto", "einsum", "tokens_last", "tokens_last_by_head", "xla", "cudnn")
     new.add_argument("--attention", default="auto", choices=kernels)
     new.add_argument("--norm-kernel", default="xla", choices=("xla", "pallas"), help="for adaLN")
-    new.add_argument("--unroll", action="store_true", help="unroll the loop over layers")
+    new.add_argument("--unroll", action=argparse.BooleanOptionalAction, default="auto", help="the layers")
+    add_product_option(new)
+
+
+def add_product_option(new: argparse.ArgumentParser) -> None:
+    """The option that `set_products` and `torch_peer.set_products` take."""
+    new.add_argument("--float32-products", default="tf32", choices=("tf32", "float32"),
+                     help="how a GPU multiplies what is float32, on both sides")  # fmt: skip
 
 
 def make_config(args: argparse.Namespace, **train: Any) -> Config:
@@ -91,6 +100,21 @@ def plain(config: Config) -> Config:
         unroll=False,
     )  # fmt: skip
     return dataclasses.replace(config, model=model)
+
+
+def set_products(args: argparse.Namespace) -> None:
+    """--float32-products for JAX. A CPU has one way only."""
+    if jax.default_backend() == "gpu":
+        names = {"tf32": "tensorfloat32", "float32": "highest"}
+        jax.config.update("jax_default_matmul_precision", names[args.float32_products])
+
+
+def tolerance(args: argparse.Namespace) -> float:
+    """The largest error of what the options ask for."""
+    if getattr(args, "quantization", "none") != "none":
+        return TOLERANCE[args.quantization]
+    rounded = args.dtype == "float32" and jax.default_backend() == "gpu"
+    return TOLERANCE[args.float32_products if rounded else args.dtype]
 
 
 # --------------------------------------------------------------------------------------- work to time
@@ -130,7 +154,7 @@ def check(name: str, error: float, tolerance: float) -> dict[str, float]:
     return {name: error}
 
 
-def check_training(model: Any, process: Any, config: Config, params: Any) -> dict[str, float]:
+def check_training(model: Any, process: Any, config: Config, params: Any, limit: float) -> dict[str, float]:
     """Errors of the loss and of its gradient against the plain path, on up to 4 images, at given draws."""
     from dit_jax.models.dit import build_model
 
@@ -139,7 +163,7 @@ def check_training(model: Any, process: Any, config: Config, params: Any) -> dic
     x0, noise = rng.standard_normal((2, b, *m.input_size, m.in_channels), np.float32)
     t, y = np.linspace(1, 999, b).astype(np.int32), np.arange(b, dtype=np.int32) % m.num_classes
 
-    def gradient_of(network: Any, precision: str | None) -> Any:
+    def gradient_of(network: Any) -> Any:
         def loss(p: Any) -> jax.Array:
             def denoise(x: jax.Array, t: jax.Array) -> Any:
                 return network.apply({"params": p}, x, t, y)
@@ -148,12 +172,11 @@ def check_training(model: Any, process: Any, config: Config, params: Any) -> dic
                 "loss"
             ].mean()
 
-        with jax.default_matmul_precision(precision):
-            return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
 
-    loss, grads = gradient_of(model, None)
-    expected_loss, expected = gradient_of(build_model(plain(config)), "highest")
-    limit = TOLERANCE[m.dtype if m.quantization == "none" else m.quantization]
+    loss, grads = gradient_of(model)
+    with jax.default_matmul_precision("highest"):
+        expected_loss, expected = gradient_of(build_model(plain(config)))
     return check("loss", relative_error(loss, expected_loss), limit) | check(
         "gradient", relative_error(grads, expected), limit
     )
@@ -174,23 +197,36 @@ def in_turns(work: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2
     return times
 
 
-def summary(times: Mapping[str, list[float]], images: int, first: str = "jax") -> dict[str, Any]:
-    """Median, fastest and images/s of each; the ratio of `first` to each other is the median over rounds."""
+def summary(
+    times: Mapping[str, list[float]],
+    images: int,
+    first: str = "jax",
+    cpu_times: Mapping[str, list[float]] | None = None,
+) -> dict[str, Any]:
+    """Median, fastest and images/s of each; the ratio of `first` to each other is the median over rounds.
+
+    With CPU seconds also their ratio, which other work on the machine changes less.
+    """
     result: dict[str, Any] = {}
     for name, seconds in times.items():
         middle = statistics.median(seconds)
         result[name] = {"median_s": middle, "fastest_s": min(seconds), "images_per_s": images / middle}
         if name != first and first in times:
-            pairs = [a / b for a, b in zip(times[first], seconds, strict=True)]
-            result[name]["time_ratio"] = statistics.median(pairs)
+            result[name]["time_ratio"] = _median_ratio(times[first], seconds)
             result[name]["time_ratio_of_fastest"] = min(times[first]) / min(seconds)
+            if cpu_times and all(cpu_times[name]):
+                result[name]["cpu_time_ratio"] = _median_ratio(cpu_times[first], cpu_times[name])
     return result
 
 
-def utilisation(flops_per_image: float, images_per_s: float) -> dict[str, float]:
+def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def utilisation(flops_per_image: float, images_per_s: float, device_kind: str) -> dict[str, float]:
     """TFLOP/s, and the share of the device's bfloat16 peak where that is known."""
     achieved = flops_per_image * images_per_s
-    peak = flops.peak_flops(jax.devices()[0].device_kind)
+    peak = flops.peak_flops(device_kind)
     return {"tflops": achieved / 1e12} | ({"mfu": achieved / peak} if peak else {})
 
 
@@ -221,12 +257,50 @@ def environment() -> dict[str, Any]:
 
 
 def finish(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
-    """Print the result with its options and environment, and write it to --out."""
-    options = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in vars(args).items()}
-    script = pathlib.Path(sys.argv[0]).name
-    full = {"benchmark": script, "options": options, "environment": environment(), **result}
+    """Print the result with its options and environment (by default this process's), and write it to --out."""
+    values = {name: value for name, value in vars(args).items() if name not in ("side", "exchange", "child")}
+    options = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in values.items()}
+    place = result.get("environment") or environment()
+    full = {"benchmark": pathlib.Path(sys.argv[0]).name, "options": options, **result, "environment": place}
     text = json.dumps(full, indent=2)
     print(text)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text + "\n")
+
+
+def compare(
+    args: argparse.Namespace,
+    sides: Sequence[workers.Side],
+    images: int,
+    flops_per_image: float,
+    warmup: int = 1,
+    reference: bool = False,
+    works: Sequence[str] = ("round",),
+) -> None:
+    """Time the sides in turns and finish; images: of one round. The ratio that counts is to the fastest peer."""
+    result: dict[str, Any] = {"correctness": {}, "sides": {}}
+    with workers.started(args, sides, reference) as ready:
+        for worker in ready:
+            errors = worker.facts.pop("correctness", {})
+            result["correctness"] |= errors
+            result["sides"][worker.side.name] = worker.facts
+        found = {}
+        for work in works:
+            measured = workers.in_turns(ready, work, args.rounds, warmup)
+            found[work] = summary(measured.times, images, cpu_times=measured.cpu_times)
+            if peer := workers.fastest_peer(measured.times):
+                fastest = {"fastest_peer": peer}
+                if "jax" in measured.times:
+                    fastest["time_ratio"] = found[work][peer]["time_ratio"]
+                result.setdefault("peer", {})[work] = fastest
+            result["waiting_cores"] = max(measured.waiting_cores, result.get("waiting_cores", 0.0))
+        result["environment"] = ready[0].ask(workers.ENVIRONMENT)
+    if flops_per_image:
+        for line in (line for lines in found.values() for line in lines.values()):
+            kind = result["environment"]["device"]
+            line |= utilisation(flops_per_image, line["images_per_s"], kind)
+    if len(works) == 1:
+        found = found[works[0]]
+        result["peer"] = result.get("peer", {}).get(works[0])
+    finish(args, result | {"results": found})

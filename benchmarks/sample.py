@@ -10,6 +10,7 @@ DiTPipeline with a DDIM scheduler, the peer torch the published network with SDP
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import workers
 from jax.sharding import Mesh
 
 from dit_jax import flops
@@ -31,9 +33,7 @@ def options() -> argparse.Namespace:
     harness.add_model_options(parser, "DiT-S/4", 8)
     parser.add_argument("--steps", type=int, default=50, help="sampling steps")
     parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance scale")
-    parser.add_argument("--peer", default="none", choices=("none", "torch", "diffusers"))
-    parser.add_argument("--peer-compile", default="none", choices=("none", "default", "max-autotune"))
-    parser.add_argument("--only", default="both", choices=("both", "jax", "peer"))
+    workers.add_options(parser, ("none", "torch", "diffusers"))
     return parser.parse_args()
 
 
@@ -54,46 +54,82 @@ def jax_loop(args: argparse.Namespace, config: Any, steps: int) -> Callable[[Any
     return lambda params, labels: np.asarray(sampler(params, 0, np.arange(len(labels)), labels))
 
 
-def check(args: argparse.Namespace, config: Any, params: Any, labels: np.ndarray) -> dict[str, float]:
-    """The error of a few steps against the same loop computed plainly in float32."""
-    found = jax_loop(args, config, STEPS_TO_CHECK)(params, labels)
+def labels_of(args: argparse.Namespace, config: Any) -> np.ndarray:
+    """The labels of a batch, (B,)."""
+    return np.arange(args.batch_size, dtype=np.int32) % config.model.num_classes
+
+
+def few(labels: np.ndarray) -> np.ndarray:
+    """Those that results are compared on."""
+    return labels[: max(4, jax.device_count())]
+
+
+def plain_latents(args: argparse.Namespace, config: Any, params: Any, labels: np.ndarray) -> np.ndarray:
+    """A few steps computed plainly in float32."""
     with jax.default_matmul_precision("highest"):
-        expected = jax_loop(args, harness.plain(config), STEPS_TO_CHECK)(params, labels)
-    error = harness.relative_error(found, expected)
-    return harness.check("latents", error, harness.TOLERANCE[config.model.dtype])
+        return jax_loop(args, harness.plain(config), STEPS_TO_CHECK)(params, labels)
 
 
-def check_peer(args: argparse.Namespace, config: Any, params: Any, labels: np.ndarray) -> dict[str, float]:
+def jax_side(args: argparse.Namespace, config: Any) -> tuple[dict[str, Any], workers.Work]:
+    """What was found, and a function that samples a batch."""
+    harness.set_products(args)
+    labels, params = labels_of(args, config), random_params(config)
+    found = jax_loop(args, config, STEPS_TO_CHECK)(params, few(labels))
+    error = harness.relative_error(found, plain_latents(args, config, params, few(labels)))
+    errors = harness.check("latents", error, harness.tolerance(args))
+    loop, placed = jax_loop(args, config, args.steps), jax.device_put(params)
+    facts = {"correctness": errors, "unrolled": build_model(config).unroll}
+    return facts, {"round": lambda: finite(loop(placed, labels))}
+
+
+def reference(args: argparse.Namespace, config: Any) -> tuple[dict[str, Any], workers.Work]:
+    """Our weights, and start noise and latents of our plain loop, for the peer's check."""
+    from dit_jax.interop.official import state_dict_from_params
+
+    params, labels = random_params(config), few(labels_of(args, config))
+    latents = plain_latents(args, config, params, labels)
+    keys = sample_keys(jax.random.key(0), jnp.arange(len(labels)))
+    noise = np.asarray(start_noise(keys, latents.shape[1:]))
+    weights = state_dict_from_params(params, build_model(config))
+    np.savez(args.exchange / "reference.npz", latents=latents, noise=noise, labels=labels, **weights)
+    return {}, {}
+
+
+def peer_side(args: argparse.Namespace, config: Any) -> tuple[dict[str, Any], workers.Work]:
+    """The same in PyTorch: a network with our weights is first compared with the reference."""
+    import torch
+    import torch_peer
+
+    classes = torch.from_numpy(labels_of(args, config).astype(np.int64)).to(torch_peer.DEVICE)
+    if args.peer == "diffusers":
+        torch_peer.set_products(args.float32_products)
+        pipeline = torch_peer.make_diffusers_loop(config, args.steps, args.cfg_scale, args.peer_compile)
+        return torch_peer.facts(), {"round": lambda: finite(pipeline(classes).numpy())}
+    network = torch_peer.torch_network(config)
+    found = dict(np.load(args.exchange / "reference.npz"))
+    errors = check_peer(args, config, network, found)
+    torch_peer.set_products(args.float32_products)
+    m = config.model
+    noise = torch.randn(len(classes), m.in_channels, *m.input_size, device=torch_peer.DEVICE)
+    loop = torch_peer.make_torch_loop(network, config, args.steps, args.cfg_scale, args.peer_compile)
+    facts = {"correctness": errors, **torch_peer.facts()}
+    return facts, {"round": lambda: finite(loop(noise, classes).cpu().numpy())}
+
+
+def check_peer(
+    args: argparse.Namespace, config: Any, network: Any, found: dict[str, np.ndarray]
+) -> dict[str, float]:
     """The error of the peer torch, with our weights and start noise, against our plain loop."""
     import torch
     import torch_peer
 
+    latents, noise, labels = (found.pop(name) for name in ("latents", "noise", "labels"))
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in found.items()})
     plain = harness.plain(config)
-    with jax.default_matmul_precision("highest"):
-        expected = jax_loop(args, plain, STEPS_TO_CHECK)(params, labels)
-    keys = sample_keys(jax.random.key(0), jnp.arange(len(labels)))
-    noise = np.asarray(start_noise(keys, expected.shape[1:])).transpose(0, 3, 1, 2).copy()
-    network = torch_peer.torch_network(plain, params)
     loop = torch_peer.make_torch_loop(network, plain, STEPS_TO_CHECK, args.cfg_scale, "none")
-    tensors = (torch.from_numpy(a).to(torch_peer.DEVICE) for a in (noise, labels.astype(np.int64)))
-    found = loop(*tensors).cpu().numpy().transpose(0, 2, 3, 1)
-    return harness.check("peer_latents", harness.relative_error(found, expected), 1e-3)
-
-
-def peer_loop(args: argparse.Namespace, config: Any, params: Any, labels: np.ndarray) -> Callable[[], None]:
-    """A function that samples one batch in PyTorch."""
-    import torch
-    import torch_peer
-
-    classes = torch.from_numpy(labels.astype(np.int64)).to(torch_peer.DEVICE)
-    if args.peer == "diffusers":
-        pipeline = torch_peer.make_diffusers_loop(config, args.steps, args.cfg_scale, args.peer_compile)
-        return lambda: finite(pipeline(classes).numpy())
-    m = config.model
-    noise = torch.randn(len(labels), m.in_channels, *m.input_size, device=torch_peer.DEVICE)
-    network = torch_peer.torch_network(config, params)
-    loop = torch_peer.make_torch_loop(network, config, args.steps, args.cfg_scale, args.peer_compile)
-    return lambda: finite(loop(noise, classes).cpu().numpy())
+    inputs = (noise.transpose(0, 3, 1, 2).copy(), labels.astype(np.int64))
+    theirs = loop(*(torch.from_numpy(a).to(torch_peer.DEVICE) for a in inputs)).cpu().numpy()
+    return harness.check("peer_latents", harness.relative_error(theirs.transpose(0, 2, 3, 1), latents), 1e-3)
 
 
 def finite(latents: np.ndarray) -> None:
@@ -101,27 +137,19 @@ def finite(latents: np.ndarray) -> None:
         raise SystemExit("the latents are not finite")
 
 
+SIDES = {"jax": jax_side, "reference": reference, "peer": peer_side}
+
+
 def main() -> None:
     args = options()
     config = harness.make_config(args)
-    labels = np.arange(args.batch_size, dtype=np.int32) % config.model.num_classes
-    params = random_params(config)
-    result: dict[str, Any] = {"correctness": {}}
-    work: dict[str, Callable[[], None]] = {}
-    if args.only != "peer":
-        few = labels[: max(4, jax.device_count())]
-        result["correctness"] |= check(args, config, params, few)
-        loop, placed = jax_loop(args, config, args.steps), jax.device_put(params)
-        work["jax"] = lambda: finite(loop(placed, labels))
-    if args.peer != "none" and args.only != "jax":
-        if args.peer == "torch":
-            result["correctness"] |= check_peer(args, config, params, labels[: max(4, jax.device_count())])
-        work[args.peer] = peer_loop(args, config, params, labels)
-    result["results"] = harness.summary(harness.in_turns(work, args.rounds, warmup=1), args.batch_size)
+    if args.side:
+        prepare = functools.partial(SIDES[args.side], args, config)
+        return workers.serve(prepare, harness.environment)
     passes = args.steps * (2 if args.cfg_scale != 1.0 else 1)
-    for line in result["results"].values():
-        line |= harness.utilisation(2.0 * flops.forward_macs(config) * passes, line["images_per_s"])
-    harness.finish(args, result)
+    per_image = 2.0 * flops.forward_macs(config) * passes
+    checked = args.peer == "torch" and args.only != "jax"
+    harness.compare(args, workers.sides(args), args.batch_size, per_image, warmup=0, reference=checked)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def main() -> None:
         print(json.dumps(child(args)))
         return
     questions: list[tuple[str, Any, tuple[str, ...], int]] = [
-        (how, depth, ("--depth", str(depth), *(["--unroll"] if how == "unrolled" else [])), 1)
+        (how, depth, ("--depth", str(depth), "--unroll" if how == "unrolled" else "--no-unroll"), 1)
         for depth in args.depths
         for how in ("scan", "unrolled")
     ]

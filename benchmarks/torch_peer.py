@@ -1,21 +1,16 @@
 """The same work in PyTorch: a training step with AdamW and EMA, and the guided DDIM loop.
 
 Networks: the published design with SDPA (`torch_dit`), or diffusers' DiTTransformer2DModel and its pipeline.
-On a GPU: bf16 autocast, fused AdamW, TF32 for what stays float32, and torch.compile as asked.
+In bfloat16: autocast, or all of it with float32 master weights. Fused AdamW, and torch.compile as asked.
 
 Letters: B batch, C latent channels, T steps of the process.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import os
 from collections.abc import Callable
 from typing import Any
-
-# Waiting threads of OpenMP that spin would take the cores from JAX's, and from their own partner on a busy machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -26,9 +21,18 @@ from dit_jax.config import Config
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMPILE_MODES = ("none", "default", "max-autotune")
-# The patch projection of float32 comparisons; under bfloat16 nothing is left to it.
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False  # in what is compared with plain float32; see set_products
+
+
+def set_products(kind: str) -> None:
+    """How a GPU multiplies what is float32: "tf32" or "float32"."""
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = kind == "tf32"
+
+
+def facts() -> dict[str, Any]:
+    """What the figures hang on besides the versions."""
+    return {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 
 def synchronize() -> None:
@@ -135,23 +139,34 @@ def _log_bin(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 
 class TrainStep:
-    """A training step that draws latents, times, noise and dropped labels, and updates weights and EMA."""
+    """A training step that draws latents, times, noise and dropped labels, and updates weights and EMA.
 
-    def __init__(self, network: nn.Module, name: str, config: Config, mode: str, scaling: float) -> None:
-        self.network, self.config, self.scaling = network, config, scaling
+    In bfloat16 the network computes under autocast, or with `master` is bfloat16 itself: AdamW and EMA then work on
+    float32 weights, which are rounded into it.
+    """
+
+    def __init__(
+        self, network: nn.Module, name: str, config: Config, mode: str, scaling: float, master: bool = False
+    ) -> None:
+        self.config, self.scaling, self.master = config, scaling, master
         self.diffusion = Diffusion()
-        self.average = copy.deepcopy(network).requires_grad_(False)
-        trained = [p for p in network.parameters() if p.requires_grad]
-        self.averages = [
-            a for a, p in zip(self.average.parameters(), network.parameters(), strict=True) if p.requires_grad
-        ]
-        self.trained = trained
+        self.weights = [p.detach().clone() for p in network.parameters() if p.requires_grad] if master else []
+        if master:
+            network = network.to(torch.bfloat16)
+        self.network = network
+        self.trained = [p for p in network.parameters() if p.requires_grad]
+        self.weights = self.weights or self.trained  # float32, those that AdamW updates
+        self.averages = [p.detach().clone() for p in self.weights]
         o = config.optim
         self.optimizer = torch.optim.AdamW(
-            trained, o.learning_rate, (o.b1, o.b2), o.eps, weight_decay=o.weight_decay, fused=True
+            self.weights, o.learning_rate, (o.b1, o.b2), o.eps, weight_decay=o.weight_decay, fused=True
         )
         self.call = compiled(call(network, name), mode)
-        self.autocast = config.model.dtype == "bfloat16"
+        self.autocast = config.model.dtype == "bfloat16" and not master
+
+    def denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network in its own type."""
+        return self.call(x.bfloat16() if self.master else x, t, y)
 
     def __call__(self, moments: Tensor, y: Tensor) -> Tensor:
         """moments (B, 2C, H, W) float16, y (B,) -> the loss."""
@@ -162,12 +177,18 @@ class TrainStep:
         dropped = torch.rand(len(x0), device=x0.device) < m.class_dropout_prob
         y = torch.where(dropped, m.num_classes, y)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast):
-            loss = self.diffusion.loss(self.call, x0, t, torch.randn_like(x0), y)
+            loss = self.diffusion.loss(self.denoise, x0, t, torch.randn_like(x0), y)
         loss.backward()
+        if self.master:
+            for weight, rounded in zip(self.weights, self.trained, strict=True):
+                weight.grad = None if rounded.grad is None else rounded.grad.float()
+                rounded.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.averages, self.trained, 1 - self.config.optim.ema_decay)
+            if self.master:
+                torch._foreach_copy_(self.trained, self.weights)
+            torch._foreach_lerp_(self.averages, self.weights, 1 - self.config.optim.ema_decay)
         return loss
 
 

@@ -4,21 +4,24 @@
     python benchmarks/vae.py --channels 128 256 512 512 --layers 2 --image-size 256 --dtype bfloat16
 
 Random weights, the same in both: diffusers writes them, this package reads them. The default is a quarter of the
-width of Stable Diffusion's autoencoder.
+width of Stable Diffusion's autoencoder. The peer runs with its images as they are and with channels last.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
+import functools
 from typing import Any
 
 import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import workers
 
 from dit_jax.interop.diffusers import load_autoencoder_kl
+
+LAYOUTS = {"": ("--peer-layout", "channels_first"), "-channels-last": ("--peer-layout", "channels_last")}
 
 
 def options() -> argparse.Namespace:
@@ -30,17 +33,20 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation, in both"
     )
+    harness.add_product_option(parser)
+    workers.add_options(parser, ("none", "diffusers"), default="diffusers")
+    parser.add_argument("--peer-layout", default="both", choices=("both", "channels_first", "channels_last"))
     return parser.parse_args()
 
 
-def make_peer(args: argparse.Namespace) -> Any:
-    """diffusers' class with random weights."""
+def reference(args: argparse.Namespace) -> tuple[dict[str, Any], workers.Work]:
+    """diffusers' class with random weights, written down with images (B, H, W, 3) and what it makes of them."""
     import torch
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     levels = len(args.channels)
-    return AutoencoderKL(
+    peer = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(args.channels),
@@ -48,58 +54,81 @@ def make_peer(args: argparse.Namespace) -> Any:
         latent_channels=4,
         norm_num_groups=min(32, *args.channels),
     ).eval()
+    peer.save_pretrained(args.exchange)
+    size = args.image_size
+    images = np.random.default_rng(0).uniform(-1, 1, (args.batch_size, 3, size, size)).astype(np.float32)
+    with torch.inference_mode():
+        latents = peer.encode(torch.from_numpy(images)).latent_dist.mean
+        decoded = peer.decode(latents).sample
+    found = {"images": images, "latents": latents.numpy(), "decoded": decoded.numpy()}
+    found = {name: np.ascontiguousarray(x.transpose(0, 2, 3, 1)) for name, x in found.items()}
+    np.savez(args.exchange / "reference.npz", **found)
+    return {}, {}
+
+
+def jax_side(args: argparse.Namespace) -> tuple[dict[str, Any], workers.Work]:
+    """Ours, compared with the reference."""
+    harness.set_products(args)
+    found = np.load(args.exchange / "reference.npz")
+    model, params = load_autoencoder_kl(args.exchange)
+    model = model.clone(dtype=jnp.dtype(args.dtype))
+    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode")[0])  # the mean
+    decode = jax.jit(lambda p, z: model.apply({"params": p}, z, method="decode"))
+    params, images, z = jax.device_put((params, found["images"], found["latents"]))
+    limit = harness.tolerance(args)
+    errors = harness.check("encode", harness.relative_error(encode(params, images), z), limit)
+    error = harness.relative_error(decode(params, z), found["decoded"])
+    errors |= harness.check("decode", error, limit)
+    return {"correctness": errors}, {
+        "encode": lambda: jax.block_until_ready(encode(params, images)),
+        "decode": lambda: jax.block_until_ready(decode(params, z)),
+    }
+
+
+def peer_side(args: argparse.Namespace) -> tuple[dict[str, Any], workers.Work]:
+    """diffusers' class in the precision of ours."""
+    import torch
+    import torch_peer
+    from diffusers import AutoencoderKL
+
+    torch_peer.set_products(args.float32_products)
+    torch.backends.cudnn.benchmark = True  # the quickest of cuDNN's convolutions, found at the first run
+    found = np.load(args.exchange / "reference.npz")
+    dtype = getattr(torch, args.dtype)
+    layout = getattr(torch, "channels_last" if args.peer_layout == "channels_last" else "contiguous_format")
+    peer = AutoencoderKL.from_pretrained(args.exchange).eval()
+    peer = peer.to(torch_peer.DEVICE, dtype, memory_format=layout)
+
+    def tensor(x: np.ndarray) -> Any:
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+        return torch.from_numpy(x).to(torch_peer.DEVICE, dtype, memory_format=layout)
+
+    images, latents = tensor(found["images"]), tensor(found["latents"])
+    encode = torch_peer.compiled(lambda x: peer.encode(x).latent_dist.mean, args.peer_compile)
+    decode = torch_peer.compiled(lambda z: peer.decode(z).sample, args.peer_compile)
+
+    @torch.inference_mode()
+    def run(function: Any, x: Any) -> None:
+        function(x)
+        torch_peer.synchronize()
+
+    return torch_peer.facts(), {
+        "encode": functools.partial(run, encode, images),
+        "decode": functools.partial(run, decode, latents),
+    }
+
+
+SIDES = {"jax": jax_side, "reference": reference, "peer": peer_side}
 
 
 def main() -> None:
-    import torch_peer  # says how PyTorch's threads wait before they start
-    from torch_peer import torch
-
     args = options()
-    peer = make_peer(args)
-    with tempfile.TemporaryDirectory() as folder:
-        peer.save_pretrained(folder)
-        model, params = load_autoencoder_kl(folder)
-    model = model.clone(dtype=jnp.dtype(args.dtype))
-    peer.to(torch_peer.DEVICE)
-    size = args.image_size
-    images = np.random.default_rng(0).uniform(-1, 1, (args.batch_size, size, size, 3)).astype(np.float32)
-    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method="encode")[0])  # the mean
-    decode = jax.jit(lambda p, z: model.apply({"params": p}, z, method="decode"))
-    params = jax.device_put(params)
-    tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).to(torch_peer.DEVICE)
-
-    @torch.inference_mode()
-    def peer_encode(images: Any) -> Any:
-        mean = peer.encode(images).latent_dist.mean
-        torch_peer.synchronize()
-        return mean
-
-    @torch.inference_mode()
-    def peer_decode(latents: Any) -> Any:
-        decoded = peer.decode(latents).sample
-        torch_peer.synchronize()
-        return decoded
-
-    def last(x: Any) -> np.ndarray:
-        return np.ascontiguousarray(x.cpu().numpy().transpose(0, 2, 3, 1))
-
-    latents = peer_encode(tensor)
-    z, limit = last(latents), harness.TOLERANCE[args.dtype]
-    errors = harness.check("encode", harness.relative_error(encode(params, images), z), limit)
-    decoded = last(peer_decode(latents))
-    errors |= harness.check("decode", harness.relative_error(decode(params, z), decoded), limit)
-    placed, placed_z = jax.device_put(images), jax.device_put(z)
-    dtype = getattr(torch, args.dtype)  # compared in float32, timed in the same precision as ours
-    peer.to(dtype)
-    tensor, latents = tensor.to(dtype), latents.to(dtype)
-    result = {}
-    for name, ours_run, peer_run in (
-        ("encode", lambda: jax.block_until_ready(encode(params, placed)), lambda: peer_encode(tensor)),
-        ("decode", lambda: jax.block_until_ready(decode(params, placed_z)), lambda: peer_decode(latents)),
-    ):
-        times = harness.in_turns({"jax": ours_run, "diffusers": peer_run}, args.rounds)
-        result[name] = harness.summary(times, args.batch_size)
-    harness.finish(args, {"correctness": errors, "results": result})
+    if args.side:
+        return workers.serve(functools.partial(SIDES[args.side], args), harness.environment)
+    asked = args.peer_layout
+    layouts = LAYOUTS if asked == "both" else {"": ("--peer-layout", asked)}
+    sides = workers.sides(args, layouts)
+    harness.compare(args, sides, args.batch_size, 0.0, reference=True, works=("encode", "decode"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +19,41 @@ TINY = ["--model", "DiT-S/2", "--depth", "2", "--hidden-size", "32", "--num-head
 
 
 def run(script, *options, out=None, code=""):
-    """A script of benchmarks/ in a process of its own, on one device; with `code`, after that has run."""
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "",
-        "PYTHONPATH": os.pathsep.join((str(FOLDER), str(FOLDER.parent))),
-    }
-    path = str(FOLDER / script)
-    start = (
-        [path]
-        if not code
-        else ["-c", f"{code}\nimport runpy, sys\nrunpy.run_path({path!r}, run_name='__main__')"]
-    )
-    command = [sys.executable, *start, *options, *(["--out", str(out)] if out else [])]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    """A script of benchmarks/ on one device; with `code`, it and the processes that it starts run that first."""
+    folders = (str(FOLDER), str(FOLDER.parent))
+    with tempfile.TemporaryDirectory() as first:
+        pathlib.Path(first, "sitecustomize.py").write_text(code)
+        environment = {
+            **os.environ, "XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join((first, *folders)),
+            "JAX_COMPILATION_CACHE_DIR": str(FOLDER.parent / ".cache" / "jax"),
+        }  # fmt: skip
+        command = [sys.executable, str(FOLDER / script), *options, *(["--out", str(out)] if out else [])]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["train_step.py", "sample.py"])
-def test_a_benchmark_checks_times_and_writes(script, tmp_path):
-    steps = [] if script == "train_step.py" else ["--steps", "4"]
-    done = run(script, *TINY, *steps, "--peer", "torch", out=tmp_path / "result.json")
+@pytest.mark.parametrize(
+    ("script", "more", "peers"),
+    [
+        ("train_step.py", ["--peer-compile", "none"], {"torch"}),
+        ("sample.py", ["--steps", "4"], {"torch", "torch-compiled"}),
+    ],
+)
+def test_a_benchmark_checks_times_and_writes(script, more, peers, tmp_path):
+    if "torch-compiled" in peers and not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler, g++, for torch.compile")
+    done = run(script, *TINY, *more, "--peer", "torch", out=tmp_path / "result.json")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["benchmark"] == script
     assert {"device", "versions", "xla_flags"} <= result["environment"].keys()
     assert result["options"]["hidden_size"] == 32
     found = result["results"]
-    assert found["jax"]["images_per_s"] > 0 and found["torch"]["time_ratio"] > 0
+    assert found.keys() == {"jax", *peers} == result["sides"].keys()
+    assert found["jax"]["images_per_s"] > 0 and all(found[peer]["time_ratio"] > 0 for peer in peers)
+    fastest = min(peers, key=lambda peer: found[peer]["median_s"])
+    assert result["peer"] == {"fastest_peer": fastest, "time_ratio": found[fastest]["time_ratio"]}
+    assert result["sides"]["jax"]["unrolled"] is False  # layers of this width are not
     assert all(0 <= error < 1e-3 for error in result["correctness"].values())
     assert any(name.startswith("peer") for name in result["correctness"])
 
@@ -53,7 +62,8 @@ def test_a_benchmark_checks_times_and_writes(script, tmp_path):
 def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
     wrong = "import dit_jax.models.norms as b; b.EPSILON = 1.0; import harness; harness.plain = lambda c: c\n"
     wrong += "import torch_dit"  # the peer keeps the right epsilon
-    done = run("sample.py", *TINY, "--steps", "2", "--peer", "torch", out=tmp_path / "r.json", code=wrong)
+    done = run("sample.py", *TINY, "--steps", "2", "--peer", "torch", "--only", "peer", out=tmp_path / "r.json",
+               code=wrong)  # fmt: skip
     assert done.returncode != 0
     assert "peer_latents: relative error" in done.stderr and "not timed" in done.stderr
     assert not (tmp_path / "r.json").exists()
@@ -89,12 +99,15 @@ SMALL_VAE = ["--channels", "8", "16", "--layers", "1", "--image-size", "16", "--
 @pytest.mark.slow
 def test_the_autoencoder_is_compared_with_diffusers_and_timed(tmp_path):
     pytest.importorskip("diffusers", reason="needs diffusers: pip install -e '.[interop]'")
-    done = run("vae.py", *SMALL_VAE, out=tmp_path / "result.json")
+    options = ("--peer-compile", "none")
+    done = run("vae.py", *SMALL_VAE, *options, out=tmp_path / "result.json")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["correctness"].keys() == {"encode", "decode"}
     assert all(0 <= error < 1e-3 for error in result["correctness"].values())
-    assert all(result["results"][way]["diffusers"]["time_ratio"] > 0 for way in ("encode", "decode"))
+    for way in ("encode", "decode"):
+        assert result["results"][way].keys() == {"jax", "diffusers", "diffusers-channels-last"}
+        assert result["peer"][way]["time_ratio"] > 0
 
 
 @pytest.mark.slow
@@ -106,7 +119,7 @@ def test_an_autoencoder_that_computes_something_else_is_not_timed(tmp_path):
         "    return model, jax.tree.map(lambda x: 1.01 * x, params)\n"
         "d.load_autoencoder_kl = scaled"
     )
-    done = run("vae.py", *SMALL_VAE, out=tmp_path / "r.json", code=wrong)
+    done = run("vae.py", *SMALL_VAE, "--only", "jax", out=tmp_path / "r.json", code=wrong)
     assert done.returncode != 0
     assert "encode: relative error" in done.stderr and "not timed" in done.stderr
     assert not (tmp_path / "r.json").exists()
@@ -179,3 +192,41 @@ def test_an_error_above_the_tolerance_ends_the_script():
     for error in (2e-3, float("nan")):
         with pytest.raises(SystemExit, match="output: relative error"):
             harness.check("output", error, 1e-3)
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_the_peers_bfloat16_step_is_its_float32_step_but_for_rounding(master):
+    import torch
+    import torch_peer
+
+    from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+
+    def step(dtype, master):
+        model = ModelConfig(
+            name="DiT-S/2", depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=(8, 8),
+            dtype=dtype, num_classes=4,
+        )  # fmt: skip
+        config = Config(
+            model=model, data=DataConfig(), optim=OptimConfig(learning_rate=1e-3, ema_decay=0.5),
+            train=TrainConfig(batch_size=4),
+        )  # fmt: skip
+        torch.manual_seed(0)
+        one = torch_peer.TrainStep(torch_peer.torch_network(config), "torch", config, "none", 1.0, master)
+        before = [w.detach().clone() for w in one.weights]
+        loss = one(torch.randn(4, 8, 8, 8).abs().half(), torch.arange(4))
+        return one, before, loss.item()
+
+    (plain, before, plain_loss), (rounded, _, loss) = step("float32", False), step("bfloat16", master)
+    assert loss == pytest.approx(plain_loss, rel=0.02)
+    assert all(w.dtype == torch.float32 for w in rounded.weights)
+    moved = [(a.detach() - b).flatten() for a, b in zip(plain.weights, before, strict=True)]
+    also = [(a.detach() - b).flatten() for a, b in zip(rounded.weights, before, strict=True)]
+    assert torch.cosine_similarity(torch.cat(moved), torch.cat(also), dim=0) > 0.9  # Adam's first: signs
+    for average, weight, old in zip(rounded.averages, rounded.weights, before, strict=True):
+        torch.testing.assert_close(average, old.lerp(weight.detach(), 0.5), rtol=1e-5, atol=1e-6)
+        assert average.dtype == torch.float32
+    if master:
+        assert all(p.dtype == torch.bfloat16 for p in rounded.trained)
+        assert all(
+            torch.equal(p, w.bfloat16()) for p, w in zip(rounded.trained, rounded.weights, strict=True)
+        )

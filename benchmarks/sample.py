@@ -22,7 +22,13 @@ import workers
 from jax.sharding import Mesh
 
 from dit_jax import flops
-from dit_jax.generation.sampling import SamplingOptions, make_latent_sampler, sample_keys, start_noise
+from dit_jax.generation.sampling import (
+    SamplingOptions,
+    make_latent_sampler,
+    sample_keys,
+    start_noise,
+    unrolls,
+)
 from dit_jax.models.dit import build_model
 
 STEPS_TO_CHECK = 4
@@ -45,9 +51,14 @@ def random_params(config: Any) -> Any:
     return harness.random_params(fresh)
 
 
+def device_mesh() -> Mesh:
+    """All devices, for the batch."""
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
 def jax_loop(args: argparse.Namespace, config: Any, steps: int) -> Callable[[Any, np.ndarray], np.ndarray]:
     """(params, labels (B,)) -> latents (B, h, w, c) on the host, over all devices."""
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    mesh = device_mesh()
     sampler: Any = make_latent_sampler(
         build_model(config), config, SamplingOptions(steps=steps, cfg_scale=args.cfg_scale), mesh
     )
@@ -73,12 +84,13 @@ def plain_latents(args: argparse.Namespace, config: Any, params: Any, labels: np
 def jax_side(args: argparse.Namespace, config: Any) -> tuple[dict[str, Any], workers.Work]:
     """What was found, and a function that samples a batch."""
     harness.set_products(args)
+    m = config.model
     labels, params = labels_of(args, config), random_params(config)
     found = jax_loop(args, config, STEPS_TO_CHECK)(params, few(labels))
     error = harness.relative_error(found, plain_latents(args, config, params, few(labels)))
     errors = harness.check("latents", error, harness.tolerance(args))
     loop, placed = jax_loop(args, config, args.steps), jax.device_put(params)
-    facts = {"correctness": errors, "unrolled": build_model(config).unroll}
+    facts = {"correctness": errors, "unrolled": unrolls(m.unroll, m.hidden_size, device_mesh())}
     return facts, {"round": lambda: finite(loop(placed, labels))}
 
 

@@ -255,11 +255,12 @@ def test_a_full_disk_stops_no_log(small_disk, capfd):
     with MetricsLog(folder, 0) as log:
         log.write(1, {"loss": 1.0})
         filler = fill(folder)
-        for step in range(2, 52):  # more than what is left of the log's last page
+        for step in range(2, 102):  # more than what is left of the log's last page
             log.write(step, {"loss": 0.5, "metric": 0.1234567890123456})
-        assert len(read_lines(folder / "metrics.jsonl")) < 51
+        assert len(read_lines(folder / "metrics.jsonl")) < 101
         filler.unlink()
-        log.write(52, {"loss": 0.4})
+        log.write(102, {"loss": 0.4})
+        assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, 103))
         fill(folder)
         with MetricsLog(folder, 40):  # a run goes back while the disk is full
             assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == list(range(1, 41))

@@ -18,6 +18,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()  # now: a test may change the environment that they are made from, for the processes that it starts
 
 
+@pytest.fixture
+def default_precision():
+    """Products as users get them: at jax's default precision, where the other tests ask for the highest."""
+    with jax.default_matmul_precision(None):
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_dir():
     """tests/data: the small golden files."""

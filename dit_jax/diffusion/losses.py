@@ -29,15 +29,29 @@ def discretized_gaussian_log_likelihood(x: jax.Array, mean: jax.Array, log_scale
     The bins are those of 8-bit values scaled to [-1, 1]; the outermost two are open (Ho et al., arXiv
     2006.11239, eq. 13). The normal CDF is the tanh approximation of the published code, and probabilities
     are floored at 1e-12.
+
+    That CDF is a sigmoid of a polynomial, as 0.5 (1 + tanh(u / 2)) = sigmoid(u). With u and l of a bin's two
+    ends, sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)): nothing cancels in its logarithm,
+    where the difference of two CDFs near 1 keeps few digits in float32.
     """
-    inverse_scale = jnp.exp(-log_scale)
-    cdf_upper = _approx_normal_cdf(inverse_scale * (x - mean + 1 / 255))
-    cdf_lower = _approx_normal_cdf(inverse_scale * (x - mean - 1 / 255))
-    probability = jnp.where(
-        x < -0.999, cdf_upper, jnp.where(x > 0.999, 1.0 - cdf_lower, cdf_upper - cdf_lower)
+    # The limits are far beyond the floor; without them the gradients of what is floored would not be finite.
+    inverse_scale = jnp.exp(-jnp.clip(log_scale, -20.0, 60.0))
+    centre = jnp.clip(inverse_scale * (x - mean), -1e9, 1e9)
+    half = inverse_scale / 255
+    upper, lower = _sigmoid_argument(centre + half), _sigmoid_argument(centre - half)
+    # upper - lower, by the polynomial's own difference.
+    gap = 2 * _SLOPE * half * (1 + _CUBIC * (3 * centre**2 + half**2))
+    below, above = jax.nn.log_sigmoid(upper), jax.nn.log_sigmoid(-lower)
+    log_probability = jnp.where(
+        x < -0.999, below, jnp.where(x > 0.999, above, below + above + jnp.log(-jnp.expm1(-gap)))
     )
-    return jnp.log(jnp.maximum(probability, 1e-12))
+    return jnp.maximum(log_probability, math.log(1e-12))
 
 
-def _approx_normal_cdf(x: jax.Array) -> jax.Array:
-    return 0.5 * (1.0 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+_CUBIC = 0.044715
+_SLOPE = 2 * math.sqrt(2 / math.pi)
+
+
+def _sigmoid_argument(z: jax.Array) -> jax.Array:
+    """u of the approximate normal CDF sigmoid(u) at z."""
+    return _SLOPE * (z + _CUBIC * z**3)

@@ -143,6 +143,54 @@ def test_bins_of_the_discretised_likelihood_sum_to_one():
         np.testing.assert_allclose(jnp.exp(log_p).sum(), 1, atol=2e-5)
 
 
+@pytest.mark.parametrize("log_scale", [-6.5, -4.9, -3.0, 0.0, 3.0])
+def test_discretised_likelihood_keeps_its_digits_in_the_tails(published_log_likelihood, log_scale):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=50_000).astype(np.float32)
+    mean = (x + np.exp(log_scale) * rng.uniform(-9, 9, x.shape)).astype(np.float32)
+    scale = np.full_like(x, log_scale)
+    exact = published_log_likelihood(x, mean, scale)
+    assert exact.min() < -27 or log_scale > 0  # down to the floor
+    found = jax.jit(discretized_gaussian_log_likelihood)(x, mean, scale)
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_the_discretised_likelihood_are_finite_and_right(published_log_likelihood):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=2_000).astype(np.float32)
+    mean = (x + np.exp(-4.9) * rng.uniform(-6, 6, x.shape)).astype(np.float32)
+    scale = np.full_like(x, -4.9)
+
+    def gradients(x, mean, scale):
+        return jax.grad(lambda m, s: discretized_gaussian_log_likelihood(x, m, s).sum(), (0, 1))(mean, scale)
+
+    for i, found in enumerate(gradients(x, mean, scale)):
+        step = 1e-6 * np.eye(2)[i]
+        after, before = (
+            published_log_likelihood(x, mean + sign * step[0], scale + sign * step[1]) for sign in (1.0, -1.0)
+        )
+        np.testing.assert_allclose(found, (after - before) / 2e-6, rtol=1e-3, atol=1e-2)
+    far = jnp.asarray([0.0, 1e-30, 1.0, 1e4, 1e15], jnp.float32)
+    wide = jnp.asarray([-1e3, -80.0, -40.0, -9.0, 0.0, 40.0, 80.0, 100.0, 1e3], jnp.float32)
+    x, mean, scale = (a.ravel() for a in jnp.meshgrid(jnp.asarray([-1.0, 0.3, 1.0]), far, wide))
+    assert np.isfinite(discretized_gaussian_log_likelihood(x, mean, scale)).all()
+    for found in gradients(x, mean, scale):
+        assert np.isfinite(found).all()
+
+
+def test_the_term_at_zero_is_its_float64_value(published_log_likelihood):
+    """Of networks whose predicted x0 misses by several standard deviations."""
+    process = GaussianDiffusion.create()
+    rng = np.random.default_rng(0)
+    x0, noise, error, fraction = rng.normal(size=(4, 4, 16, 16, 4)).astype(np.float32)
+    t = jnp.zeros(4, jnp.int32)
+    x_t = process.q_sample(jnp.asarray(x0), t, jnp.asarray(noise))
+    output = jnp.concatenate([noise + 4 * error, np.tanh(fraction)], axis=-1)
+    p = process.p_mean_variance(output, x_t, t)
+    exact = -published_log_likelihood(x0, p.mean, 0.5 * p.log_variance).mean(axis=(1, 2, 3)) / np.log(2)
+    np.testing.assert_allclose(process.vb_terms(output, x0, x_t, t), exact, rtol=1e-4)
+
+
 def test_normal_kl_is_that_of_the_integral():
     grid = np.linspace(-30, 30, 200_001)
     log_p, log_q = (

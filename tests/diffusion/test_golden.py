@@ -19,6 +19,8 @@ from dit_jax.diffusion.timesteps import space_timesteps
 from dit_jax.interop.official import params_from_state_dict
 from dit_jax.models.dit import DiT
 
+pytestmark = pytest.mark.usefixtures("default_precision")  # the published numbers come out of what users run
+
 RESPACING = {"learned": "10", "fixed": "ddim8"}
 
 
@@ -127,7 +129,22 @@ def test_p_mean_variance(golden):
         close(value, golden[f"p_mean_variance/{name}"])
 
 
-def test_mse_loss(golden):
+@pytest.fixture(scope="module")
+def cancelled(golden, published_log_likelihood):
+    """Bits (B,) that the recorded term at t = 0 is too high by: what its formula loses to cancellation in float32.
+
+    1.6% here. Ours keeps its digits, so it is compared with the record less this.
+    """
+    process, t = golden.process(), jnp.asarray(golden["t"])
+    x_t = process.q_sample(golden["x"], t, golden["noise"])
+    p = process.p_mean_variance(golden.fn()(x_t, t), x_t, t)
+    of = golden["x"], p.mean, 0.5 * np.asarray(p.log_variance)
+    in_float64, in_float32 = (published_log_likelihood(*of, dtype) for dtype in (np.float64, np.float32))
+    excess = (in_float64 - in_float32).mean(axis=(1, 2, 3)) / np.log(2)
+    return np.where(golden["t"] == 0, excess, 0)
+
+
+def test_mse_loss(golden, cancelled):
     terms = golden.process().training_losses(
         golden.fn(), golden["x"], jnp.asarray(golden["t"]), golden["noise"]
     )
@@ -135,25 +152,27 @@ def test_mse_loss(golden):
     assert set(terms) == expected
     for name in expected:
         assert terms[name].shape == golden["t"].shape
-        close(terms[name], golden[f"loss/{name}"])
+        close(terms[name], golden[f"loss/{name}"] - (cancelled if name != "mse" and "vb" in expected else 0))
 
 
-def test_rescaled_kl_loss(golden):
+def test_rescaled_kl_loss(golden, cancelled):
     if golden.name == "fixed":
         assert "loss_rescaled_kl/loss" not in golden.arrays
         return
     t = jnp.asarray(golden["t"])
     for loss, factor in (("rescaled_kl", 1), ("kl", 1000)):
         terms = golden.process(loss=loss).training_losses(golden.fn(), golden["x"], t, golden["noise"])
-        close(terms["loss"] * factor, golden["loss_rescaled_kl/loss"])
+        close(terms["loss"] * factor, golden["loss_rescaled_kl/loss"] - 1000 * cancelled)
 
 
-def test_rescaled_mse_scales_only_the_bound(golden):
+def test_rescaled_mse_scales_only_the_bound(golden, cancelled):
     """vb counts T / 1000 of its bits, T the process's own steps; without learn_sigma there is none."""
     process = golden.process(loss="rescaled_mse")
     t = jnp.asarray(golden["t"])
     terms = process.training_losses(golden.fn(), golden["x"], t, golden["noise"])
-    close(terms["loss"], golden["loss/loss"])  # T = 1000: the same as mse
+    close(
+        terms["loss"], golden["loss/loss"] - (cancelled if "vb" in terms else 0)
+    )  # T = 1000: the same as mse
     short = {loss: golden.process(loss=loss, respacing="100") for loss in ("mse", "rescaled_mse")}
     few = jnp.minimum(t, 99)
     plain, rescaled = (

@@ -9,6 +9,7 @@ Letters: B global batch, A microbatches, h w c latent.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,43 +72,78 @@ def make_loss(model: nn.Module, process: Any) -> Callable[..., tuple[jax.Array, 
     return loss_fn
 
 
+Gradients = Callable[[Any, dict[str, jax.Array]], tuple[Any, Metrics]]
+"""(params, inputs) -> (gradients of the mean loss, metrics)."""
+
+
 def make_gradients(
     loss_fn: Callable[..., tuple[jax.Array, Metrics]],
     microbatches: int,
     split_batch: Callable[..., Any],
     grad_shardings: Any,
-) -> Callable[..., tuple[Any, Metrics]]:
-    """The gradient `(params, inputs) -> (gradients, metrics)` of the mean loss, summed over microbatches.
+) -> Gradients:
+    """The gradients of the mean loss, summed over microbatches.
 
     split_batch(tree, axis) splits that axis of a tree of arrays over the devices of the batch.
     """
 
     def gradients(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
-
-        def constrain(grads: Any) -> Any:
-            return (
-                grads if grad_shardings is None else jax.lax.with_sharding_constraint(grads, grad_shardings)
-            )
-
         if microbatches == 1:
             grads, metrics = grad_fn(params, inputs)
-            return constrain(grads), metrics
+            return constrain(grads, grad_shardings), metrics
         # Every microbatch takes a part of each device's rows: no row moves to another device.
         parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), inputs)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             grads, metrics = grad_fn(params, split_batch(part))
-            return jax.tree.map(jnp.add, total, (constrain(grads), metrics)), None
+            return jax.tree.map(jnp.add, total, (constrain(grads, grad_shardings), metrics)), None
 
         first = jax.tree.map(lambda x: x[0], parts)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, first))
         (grads, metrics), _ = jax.lax.scan(add, zeros, split_batch(parts, axis=1))
-        sums = {name: metrics.pop(name) for name in ("loss_sum", "loss_count")}
-        grads, metrics = jax.tree.map(lambda x: x / microbatches, (grads, metrics))
-        return grads, metrics | sums
+        return mean_of_parts(grads, metrics, microbatches)
 
     return gradients
+
+
+def add_over_devices_once(gradients: Gradients, mesh: Mesh, grad_shardings: Any) -> Gradients:
+    """The same gradients, where `gradients` knows of one device alone: each runs it on its own rows of the batch.
+
+    For gradients that every device keeps whole. The compiler would add them over the devices at every microbatch.
+    """
+    rows = PartitionSpec(BATCH_AXES)
+
+    def of_own_rows(params: Any, inputs: Any) -> Any:
+        return jax.tree.map(lambda x: x[None], gradients(params, inputs))
+
+    of_each = jax.shard_map(
+        of_own_rows, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
+    )
+
+    def of_all(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
+        grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), of_each(params, inputs))
+        devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        return mean_of_parts(constrain(grads, grad_shardings), metrics, devices)
+
+    return of_all
+
+
+def whole_everywhere(shardings: Any) -> bool:
+    """Whether every device keeps the whole of every array that lies so; None is left to the compiler, and is not."""
+    return shardings is not None and all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
+
+
+def constrain(grads: Any, shardings: Any) -> Any:
+    """The gradients, laid out as `shardings` (None: as they come) say."""
+    return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+
+
+def mean_of_parts(grads: Any, metrics: Metrics, parts: int) -> tuple[Any, Metrics]:
+    """Gradients and metrics of a batch from their sums over that many parts of it."""
+    sums = {name: metrics[name] for name in ("loss_sum", "loss_count")}
+    means = jax.tree.map(lambda x: x / parts, (grads, metrics))
+    return means[0], means[1] | sums
 
 
 def update_if(good: jax.Array, update: Callable[..., Any], old: tuple[Any, ...]) -> Any:
@@ -177,7 +213,13 @@ def make_train_step(
 
     split_batch = make_split(mesh)
     draw = make_draws(config, process, scaling_factor, shift_factor)
-    gradients = make_gradients(make_loss(model, process), microbatches, split_batch, grad_shardings)
+    if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
+        # Not under the other presets: a device then has no room for all gradients, or not for all parameters.
+        alone = make_loss(model.clone(batch_sharding=None), process)
+        of_a_device = make_gradients(alone, microbatches, make_split(None), None)
+        gradients = add_over_devices_once(of_a_device, mesh, grad_shardings)
+    else:
+        gradients = make_gradients(make_loss(model, process), microbatches, split_batch, grad_shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         updates_done = state.step - state.skipped

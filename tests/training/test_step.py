@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.training import ema
+from dit_jax.training import ema, hlo
 from dit_jax.training.optimizer import learning_rate, make_optimizer
-from dit_jax.training.program import build_program
+from dit_jax.training.program import abstract_batch, build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
 from dit_jax.training.state import zero_totals
 from dit_jax.training.step import Draw, draw_key, drop_labels, summarise
@@ -87,10 +87,25 @@ def test_a_bad_batch_changes_nothing_but_the_counts(five_steps, tiny, platform, 
     assert state.totals["steps"] == 1
 
 
-def test_microbatches_equal_the_big_batch(tiny):
+MESHES = {
+    "replicated": {},
+    "zero1": {"preset": "zero1"},
+    "fsdp": {"preset": "fsdp", "data": 1, "fsdp": 2},
+    "fsdp_tensor": {"preset": "fsdp_tensor", "data": 2, "fsdp": 1, "tensor": 2},
+}
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(p, marks=() if p == "replicated" else pytest.mark.slow) for p in MESHES]
+)
+def test_microbatches_equal_the_big_batch(tiny, preset):
     start, _, _ = tiny.reference("adaln_zero")
+    config, devices = (
+        tiny.config(mesh=MESHES[preset], train={"microbatch": 2}),
+        4 if "tensor" in preset else 2,
+    )
     whole, whole_metrics, _ = tiny.run(tiny.config(), 2, 1, start)
-    split, split_metrics, program = tiny.run(tiny.config(train={"microbatch": 2}), 2, 1, start)
+    split, split_metrics, program = tiny.run(config, devices, 1, start)
     assert program.microbatches == 4
     for name in ("loss", "mse", "vb", "grad_norm", "loss_sum"):
         np.testing.assert_allclose(split_metrics[0][name], whole_metrics[0][name], rtol=1e-6)
@@ -100,6 +115,25 @@ def test_microbatches_equal_the_big_batch(tiny):
         return jax.tree.leaves(state.opt_state[1][0].mu)
 
     assert tiny.relative_difference(first_moments(split), first_moments(whole)) < 1e-6
+
+
+@pytest.mark.slow
+def test_microbatches_are_added_over_devices_once(tiny):
+    """Under `replicated` no loop of the compiled program has a collective: neither over microbatches nor layers."""
+    config = tiny.config(train={"microbatch": 1})
+    program = build_program(config, make_mesh(config.mesh), scaling_factor=1.0, shift_factor=0.0)
+    assert program.microbatches == 2
+    compiled = program.step.lower(program.state, abstract_batch(config, program.mesh)).compile()
+    module = hlo.parse(compiled.as_text())
+    sent = {"once": 0, "in loops": 0}
+    for name, times in hlo.executions(module).items():
+        reduced = [
+            hlo.shape_bytes(o.shape) for o in module.computations[name] if o.opcode.startswith("all-reduce")
+        ]
+        sent["once" if times == 1 else "in loops"] += times * sum(reduced)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.state.params))
+    assert sent["in loops"] == 0
+    assert size <= sent["once"] < 1.1 * size
 
 
 def test_labels_drop_at_their_rate():
@@ -149,6 +183,7 @@ def test_learning_rate_schedules(tiny):
     )
 
 
+@pytest.mark.usefixtures("default_precision")
 def test_it_learns(tiny):
     config = tiny.config(
         optim={"learning_rate": 3e-3}, model={"conditioning": "adaln"}, diffusion={"learn_sigma": False}

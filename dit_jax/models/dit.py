@@ -29,6 +29,7 @@ from dit_jax.models.embeddings import (
 )
 from dit_jax.models.fused_norm import check_norm_kernel
 from dit_jax.models.norms import AffineNorm, modulate
+from dit_jax.models.products import add_bias, product
 
 Array = jax.Array
 
@@ -61,9 +62,11 @@ class Modulation(nn.Module):
         zeros = nn.initializers.zeros
         kernel = self.param("kernel", zeros, (c.shape[-1], *self.features), jnp.float32)
         bias = self.param("bias", zeros, self.features, jnp.float32)
-        shape = (c.shape[-1], -1) if self.as_matrix else kernel.shape
-        out = jnp.tensordot(nn.silu(c).astype(self.dtype), kernel.astype(self.dtype).reshape(shape), 1)
-        return out.reshape(-1, *self.features) + bias.astype(self.dtype)[None]
+        if self.as_matrix:
+            kernel = kernel.reshape(c.shape[-1], -1)
+        outputs = "efgh"[: kernel.ndim - 1]
+        out = product(nn.silu(c).astype(self.dtype), kernel, f"bd,d{outputs}->b{outputs}")
+        return add_bias(out.reshape(-1, *self.features), bias, [0])
 
 
 class DiT(nn.Module):
@@ -156,9 +159,16 @@ class DiT(nn.Module):
         else:
             tokens = AffineNorm(self.dtype, name="final_norm")(tokens)
         features = (self.patch_size**2 * self.out_channels,)
-        zeros = nn.initializers.zeros
-        out = Linear(features, kernel_init=zeros, dtype=self.dtype, name="final_linear")(tokens)
-        return unpatchify(out.astype(jnp.float32), self.patch_size, self.latent_size)
+        final_linear = Linear(
+            features,
+            kernel_init=nn.initializers.zeros,
+            dtype=self.dtype,
+            # Not rounded again: guidance takes the difference of two outputs that are nearly the same.
+            result=jnp.float32,
+            precision=jax.lax.Precision.HIGHEST,
+            name="final_linear",
+        )
+        return unpatchify(final_linear(tokens), self.patch_size, self.latent_size)
 
     def _blocks(self) -> nn.Module:
         """The scan over layers: (tokens, (L, B, k, D) modulation, context) -> (tokens, None)."""

@@ -5,6 +5,7 @@ Letters: B batch, N tokens, D width, P patch side, C latent channels, F frequenc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models import float8
+from dit_jax.models.products import add_bias, product
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -43,6 +45,8 @@ class Linear(nn.Module):
     as_matrix: it is multiplied as one matrix, whose gradient comes out as the kernel is stored. Where a mesh splits
     one of its inner axes (such as heads), this would gather it: there it must be False.
     quantization: "fp8" computes that product in 8-bit floats (see `float8`); equations stay in `dtype`.
+    result: the type of the result (None: `dtype`), for a product in `dtype` that is not to be rounded to it.
+    precision: of a product in float32 (None: jax's default, less than float32 on accelerators).
     """
 
     features: tuple[int, ...]
@@ -51,24 +55,26 @@ class Linear(nn.Module):
     dtype: Any = jnp.float32
     quantization: str = "none"
     as_matrix: bool = True
+    result: Any = None
+    precision: Any = None
 
     @nn.compact
     def __call__(self, x: Array, equation: str = "") -> Array:
-        """x (..., *inputs) -> (..., *features), in `dtype`; with an equation, x and the result are as it says."""
-        operands, _, result = equation.partition("->")
+        """x (..., *inputs) -> (..., *features); with an equation, x and the result are as it says."""
+        operands, _, of_out = equation.partition("->")
         of_x, _, of_kernel = operands.partition(",")
         sizes = dict(zip(of_x, x.shape, strict=False))
         inputs = tuple(sizes[i] for i in of_kernel[: self.in_axes]) or x.shape[x.ndim - self.in_axes :]
         init = self.kernel_init or xavier_uniform_fused(self.in_axes)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32).astype(self.dtype)
+        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
         x = x.astype(self.dtype)
         if equation:
             outputs = of_kernel[self.in_axes :]
-            missing = [axis for axis, letter in enumerate(result) if letter not in outputs]
-            out = jnp.einsum(equation, x, kernel) + jnp.expand_dims(bias, missing)
+            missing = [axis for axis, letter in enumerate(of_out) if letter not in outputs]
+            out = add_bias(product(x, kernel, equation, self.result, self.precision), bias, missing)
         else:
-            out = self._product(x.reshape(-1, *inputs), kernel) + jnp.expand_dims(bias, 0)
+            out = add_bias(self._product(x.reshape(-1, *inputs), kernel), bias, [0])
             out = out.reshape(*x.shape[: x.ndim - self.in_axes], *self.features)
         # Named so that a remat policy can keep it with its bias.
         return checkpoint_name(out, "linear")
@@ -79,10 +85,12 @@ class Linear(nn.Module):
             return float8.dot(tokens, kernel, self.in_axes)
         if self.as_matrix:
             rows = math.prod(tokens.shape[1:])
-            out = tokens.reshape(-1, rows) @ kernel.reshape(rows, -1)
+            tokens, kernel = tokens.reshape(-1, rows), kernel.reshape(rows, -1)
+            out = product(tokens, kernel, "td,df->tf", self.result, self.precision)
             return out.reshape(-1, *self.features)
-        contract = (tuple(range(1, 1 + self.in_axes)), tuple(range(self.in_axes)))
-        return jax.lax.dot_general(tokens, kernel, (contract, ((), ())))
+        letters = "abcdefgh"[: kernel.ndim]
+        inputs, outputs = letters[: self.in_axes], letters[self.in_axes :]
+        return product(tokens, kernel, f"t{inputs},{letters}->t{outputs}", self.result, self.precision)
 
 
 def patchify(x: Array, patch: int) -> Array:
@@ -129,16 +137,21 @@ def timestep_embedding(t: Array, dim: int = 256, max_period: float = 10000.0) ->
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid, then an MLP 256 -> D -> D with SiLU, all in float32."""
+    """Sinusoid, then an MLP 256 -> D -> D with SiLU, all in float32 on every device: it costs next to nothing."""
 
     hidden_size: int
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
         """t (B,) -> (B, D)."""
-        init = nn.initializers.normal(0.02)
-        h = Linear((self.hidden_size,), kernel_init=init, name="fc1")(timestep_embedding(t))
-        return Linear((self.hidden_size,), kernel_init=init, name="fc2")(nn.silu(h))
+        linear = functools.partial(
+            Linear,
+            (self.hidden_size,),
+            kernel_init=nn.initializers.normal(0.02),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        h = linear(name="fc1")(timestep_embedding(t))
+        return linear(name="fc2")(nn.silu(h))
 
 
 class LabelEmbedder(nn.Module):

@@ -47,36 +47,41 @@ def quantize(x: Array, dtype: Any) -> tuple[Array, Array]:
     return (x * jnp.ldexp(one, shift).astype(x.dtype)).astype(dtype), scale.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dot(x: Array, kernel: Array, in_axes: int = 1) -> Array:
     """x (T, *I) times kernel (*I, *O), over the `in_axes` axes I -> (T, *O) in x's type, rounded once.
 
-    Both in one type, float32 or bfloat16, as their gradients are. No forward-mode derivative.
+    Each float32 or bfloat16, and its gradient is of its type. No forward-mode derivative.
     """
-    return _forward(x, kernel, in_axes)[0]
+    return _dot(x, kernel, in_axes, kernel.dtype)
 
 
-def _forward(x: Array, kernel: Array, in_axes: int) -> tuple[Array, Residuals]:
-    (x8, x_scale), (kernel8, kernel_scale) = quantize(x, E4M3), quantize(kernel, E4M3)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot(x: Array, kernel: Array, in_axes: int, kernel_type: Any) -> Array:
+    return _forward(x, kernel, in_axes, kernel_type)[0]
+
+
+def _forward(x: Array, kernel: Array, in_axes: int, kernel_type: Any) -> tuple[Array, Residuals]:
+    (x8, x_scale), (kernel8, kernel_scale) = quantize(x, E4M3), quantize(kernel.astype(x.dtype), E4M3)
     contract = (tuple(range(1, 1 + in_axes)), tuple(range(in_axes)))
     # Sums may be short of float32's precision here ("fast accumulation"), as is usual, but not in the gradients.
     out = _product(x8, kernel8, contract, x.dtype, jax.lax.Precision.DEFAULT)
     return out * (x_scale * kernel_scale), (x8, x_scale, kernel8, kernel_scale)
 
 
-def _backward(in_axes: int, saved: Residuals, grad: Array) -> tuple[Array, Array]:
+def _backward(in_axes: int, kernel_type: Any, saved: Residuals, grad: Array) -> tuple[Array, Array]:
     x8, x_scale, kernel8, kernel_scale = saved
     grad8, grad_scale = quantize(grad, E5M2)
     outputs = (tuple(range(1, grad.ndim)), tuple(range(in_axes, kernel8.ndim)))
     of_x = _product(grad8, kernel8, outputs, grad.dtype, jax.lax.Precision.HIGHEST)
-    of_kernel = _product(x8, grad8, ((0,), (0,)), grad.dtype, jax.lax.Precision.HIGHEST)
-    return of_x * (grad_scale * kernel_scale), of_kernel * (x_scale * grad_scale)
+    of_kernel = _product(x8, grad8, ((0,), (0,)), kernel_type, jax.lax.Precision.HIGHEST)
+    scale = (x_scale * grad_scale).astype(kernel_type)
+    return of_x * (grad_scale * kernel_scale), of_kernel * scale
 
 
-dot.defvjp(_forward, _backward)
+_dot.defvjp(_forward, _backward)
 
 
 def _product(a: Array, b: Array, contract: Any, dtype: Any, precision: jax.lax.Precision) -> Array:
-    """Summed in float32 by the matrix units and written in `dtype`: float32 results would cost the gain."""
+    """Summed in float32 by the matrix units and written in `dtype`: float32 tokens would cost the gain."""
     dimensions = (contract, ((), ()))
     return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)

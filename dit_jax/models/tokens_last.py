@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models.embeddings import xavier_uniform_fused
+from dit_jax.models.products import add_bias, wide_einsum
 
 Array = jax.Array
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
@@ -99,8 +100,8 @@ def _gradients(
 
 @jax.custom_vjp
 def project(x: Array, kernel: Array) -> Array:
-    """x (B, N, D), kernel (D, H, K) -> (H, B, K, N)."""
-    return jnp.einsum("bnd,dhk->hbkn", x, kernel)
+    """x (B, N, D), kernel (D, H, K) float32 -> (H, B, K, N) in x's type."""
+    return jnp.einsum("bnd,dhk->hbkn", x, kernel.astype(x.dtype))
 
 
 def _project_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -110,9 +111,9 @@ def _project_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
 def _project_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
     # The width comes last in the product, for the same reason as the tokens; the barrier keeps the compiler from
-    # merging the transpose into it.
-    grad_kernel = jax.lax.optimization_barrier(jnp.einsum("hbkn,bnd->hkd", grad, x))
-    return jnp.einsum("hbkn,dhk->bnd", grad, kernel), grad_kernel.transpose(2, 0, 1)
+    # merging the transpose into it. Its sums stay float32, as in `products`.
+    grad_kernel = jax.lax.optimization_barrier(wide_einsum("hbkn,bnd->hkd", grad, x))
+    return jnp.einsum("hbkn,dhk->bnd", grad, kernel.astype(x.dtype)), grad_kernel.transpose(2, 0, 1)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -134,6 +135,6 @@ class QueriesKeysValues(nn.Module):
         features = (3, self.num_heads, d // self.num_heads)
         kernel = self.param("kernel", xavier_uniform_fused(1), (d, *features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        products = (project(x, kernel[:, i]) + bias[i][:, None, :, None] for i in range(3))
+        x = x.astype(self.dtype)
+        products = (add_bias(project(x, kernel[:, i]), bias[i], [1, 3]) for i in range(3))
         return tuple(checkpoint_name(out, "linear") for out in products)

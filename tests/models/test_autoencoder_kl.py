@@ -1,6 +1,7 @@
 """The autoencoder's config, shapes, precision and input checks; parity is tested in tests/interop."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,21 @@ def test_bfloat16_computes_close_to_float32_and_returns_float32(params):
     assert half.dtype == jnp.float32
     relative = np.linalg.norm(half - full) / np.linalg.norm(full)
     assert 1e-5 < relative < 3e-2  # bfloat16 was used, and no more was lost than its 8 bits
+
+
+@pytest.mark.parametrize(
+    ("asked", "encoded", "decoded"), [(None, "DEFAULT", "HIGH"), ("highest", "HIGHEST", "HIGHEST")]
+)
+def test_the_decoder_takes_more_than_an_accelerators_default_precision(params, asked, encoded, decoded):
+    model, images, z = AutoencoderKL(TINY), jnp.zeros((1, 4, 4, 3)), jnp.zeros((1, 2, 2, 3))
+
+    def precisions(method, x):
+        text = jax.jit(lambda x: model.apply({"params": params}, x, method=method)).lower(x).as_text()
+        return set(re.findall(r"precision[^>]*?<?(HIGHEST|HIGH|DEFAULT)\b", text))
+
+    with jax.default_matmul_precision(asked):
+        assert precisions("encode", images) == {encoded}
+        assert precisions("decode", z) == {decoded}
 
 
 @pytest.mark.parametrize(("logvar", "expected"), [(-100.0, -30.0), (100.0, 20.0), (1.0, 1.0)])

@@ -46,6 +46,7 @@ def golden(data_dir, name):
     return data, model, params_from_state_dict(state, model)
 
 
+@pytest.mark.usefixtures("default_precision")
 @pytest.mark.parametrize("name", ["learned", "fixed"])
 def test_output_is_the_published_implementations(data_dir, name):
     data, model, params = golden(data_dir, name)
@@ -69,6 +70,52 @@ def test_unrolling_and_recomputation_change_neither_output_nor_gradient(conditio
     for options in ({"unroll": True}, {"remat": "full"}, {"remat": "dots_attention", "unroll": True}):
         found = value_and_grad(DiT(**TINY, conditioning=conditioning, **options))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
+
+
+VARIANTS = {
+    "adaln_zero": {},
+    "adaln, tokens last": {"conditioning": "adaln", "attention": "tokens_last"},
+    "in_context, scan": {"conditioning": "in_context", "remat": "full"},
+    "cross_attention": {"conditioning": "cross_attention"},
+    "fp8": {"quantization": "fp8"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_gradient_of_a_bfloat16_network_is_rounded_to_bfloat16(variant):
+    """They are still to be added up over devices and microbatches."""
+    model = DiT(**TINY, **VARIANTS[variant], dtype=jnp.bfloat16)
+    params, (x, t, y) = random_params(DiT(**TINY, **VARIANTS[variant])), batch()
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))))(params)
+
+    def check(path, grad):
+        rounded = np.asarray(grad.astype(jnp.bfloat16).astype(jnp.float32))
+        kept = np.mean(np.asarray(grad) != rounded)
+        assert kept > 0.2, f"{jax.tree_util.keystr(path)}: {kept:.0%} of its gradient has more than 8 bits"
+
+    used = {
+        k: v for k, v in grads.items() if k != "y_embed"
+    }  # most of its rows are of labels not in the batch
+    jax.tree_util.tree_map_with_path(check, used)
+
+
+def test_the_output_of_a_bfloat16_network_is_not_rounded_to_bfloat16():
+    """Guidance takes the difference of two that are nearly the same."""
+    model, (x, t, y) = DiT(**TINY, dtype=jnp.bfloat16), batch()
+    params = random_params(DiT(**TINY))
+    out = model.apply({"params": params}, x, t, y)
+    assert np.mean(np.asarray(out) != np.asarray(out.astype(jnp.bfloat16), np.float32)) > 0.9
+
+
+@pytest.mark.usefixtures("default_precision")
+def test_what_is_float32_on_every_device_says_so():
+    """At jax's default precision an accelerator multiplies fewer bits."""
+    model, inputs = DiT(**TINY), batch()
+    params = random_params(model)
+    text = jax.jit(model.apply).lower({"params": params}, *inputs).as_text()
+    stated = [line for line in text.splitlines() if "dot_general" in line and "HIGHEST" in line]
+    assert len(stated) == 3
+    assert sum("DEFAULT" in line for line in text.splitlines() if "dot_general" in line) >= 8
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -41,10 +41,12 @@ from dit_jax.data.metadata import (
 from dit_jax.data.shards import UNFINISHED, ShardWriter, drop_partial, facts_file, is_whole
 from dit_jax.data.sources import Source
 from dit_jax.files import check_folder, sync_folder, write_whole
+from dit_jax.memory import host_memory
 
 OPTION = "--out, the dataset's folder,"
 RECIPE_FILE = "recipe.json"
 CLAIMS_FILE = "claims"
+MOST_WORKERS = 1024  # processes: more is a slip of the keyboard that no machine survives
 
 
 def prepare(
@@ -77,6 +79,14 @@ def prepare(
     ):  # fmt: skip
         if value < least:
             raise DataError(f"{option} is {value}; expected {least} or more")
+    if workers > MOST_WORKERS:
+        raise DataError(f"--workers is {workers}; expected at most {MOST_WORKERS} processes")
+    held, room = batch_size * encoder.devices * max(image_size, 0) ** 2 * 3, host_memory()
+    if held > room:
+        raise DataError(
+            f"--batch-size is {batch_size} and --image-size {image_size}: batches of {held // 10**6} MB, but "
+            f"there are {room // 10**6} MB of memory; expected less"
+        )
     if not 0 <= process_index < process_count:
         raise DataError(f"--process-index is {process_index}; expected 0 to {process_count - 1}")
     plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size)
@@ -140,14 +150,14 @@ def _plan(
 
 def _look(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata | None:
     """The finished dataset in the folder, None where it is yet to be made; DataError for one of another recipe."""
-    if (out / METADATA_FILE).is_file():
+    if os.path.isfile(out / METADATA_FILE):
         found = load_metadata(out)
         _require_same(plan, recipe(found), out, "a finished dataset")
         return found
     file = out / UNFINISHED / RECIPE_FILE
-    if file.is_file():
+    if os.path.isfile(file):
         _require_same(plan, json.loads(file.read_text()), out, "an unfinished dataset")
-    elif out.is_dir() and any(path.name != UNFINISHED for path in out.iterdir()):
+    elif os.path.isdir(out) and any(path.name != UNFINISHED for path in out.iterdir()):
         if (out / METADATA_FILE).is_file():  # finished in this moment, by another process
             return _look(out, plan)
         raise DataError(f"{out} is not empty and holds no dataset of ours; expected a new or an empty folder")

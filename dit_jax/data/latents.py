@@ -210,7 +210,7 @@ def _prepare_digits(directory: str) -> None:
     """Process 0 prepares the digits where they are missing; the others wait for it."""
     from dit_jax.data.metadata import METADATA_FILE
 
-    missing = not (pathlib.Path(directory) / METADATA_FILE).is_file()
+    missing = not os.path.isfile(pathlib.Path(directory) / METADATA_FILE)
     if missing and jax.process_index() == 0:
         from dit_jax.data.encode import prepare
         from dit_jax.data.encoders import flax_encoder

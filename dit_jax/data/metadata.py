@@ -141,8 +141,8 @@ def shard_name(index: int, num_shards: int) -> str:
 def load_metadata(directory: str | os.PathLike[str]) -> LatentMetadata:
     """The metadata of a finished dataset. Raises DataError where there is none."""
     file = pathlib.Path(directory) / METADATA_FILE
-    if not file.is_file():
-        state = "holds no finished latent dataset" if file.parent.is_dir() else "does not exist"
+    if not os.path.isfile(file):
+        state = "holds no finished latent dataset" if os.path.isdir(directory) else "does not exist"
         raise DataError(
             f"{directory} {state} (no {METADATA_FILE}); make one with "
             f"python prepare.py --source folder:PICTURES --vae VAE --out {directory}"

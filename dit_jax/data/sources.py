@@ -150,7 +150,7 @@ class ArraySource:
 
 def npz_source(path: pathlib.Path) -> ArraySource:
     """`images` (N, H, W, 3) or (N, H, W) uint8 of an .npz file, with `labels` (N,) and `label_names` if there."""
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"npz:{path} is a folder, a pipe or a device; expected a file")
     try:
         zipfile.ZipFile(path).close()  # np.load would take other files for arrays or pickles
@@ -198,7 +198,7 @@ class FolderSource:
     in_memory = False
 
     def __init__(self, path: pathlib.Path):
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise DataError(
                 f"folder:{path} is not a folder; expected one with a subfolder of pictures per class"
             )

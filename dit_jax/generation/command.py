@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config, ConfigError, load, resolve, run_config
+from dit_jax.config.saved import shown
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.samples import save_samples
 from dit_jax.files import check_file
@@ -88,7 +89,11 @@ class Run:
 def load_run(workdir: str | os.PathLike[str]) -> Run:
     """The config and the dataset's metadata of a workdir; ConfigError where it is no run's folder."""
     folder = pathlib.Path(workdir)
-    return Run(folder, run_config("--workdir", folder), read_metadata("--workdir", folder))
+    config, metadata = run_config("--workdir", folder), read_metadata("--workdir", folder)
+    if not 0 < metadata.image_size < 2**16:
+        file = folder / "dataset.json"
+        raise ConfigError(f"{file} has image_size {shown(metadata.image_size)}; expected 1 to {2**16 - 1}")
+    return Run(folder, config, metadata)
 
 
 def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:

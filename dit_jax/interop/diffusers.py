@@ -131,7 +131,7 @@ def _locate(path_or_id: str | os.PathLike[str], subfolder: str | None) -> pathli
     name = os.fspath(path_or_id)
     root = asset_path("digits_vae") if name == "digits" else pathlib.Path(os.path.expanduser(name))
     subfolders = ("", PIPELINE_SUBFOLDER) if subfolder is None else (subfolder,)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         root = _download(name, subfolders)
     for sub in subfolders:
         folder = root / sub

@@ -201,6 +201,12 @@ def test_a_finished_dataset_is_left_alone(source, fake_encoder, dataset):
         ({"batch_size": 0}, "--batch-size is 0; expected 1 or more"),
         ({"shard_size": 0}, "--shard-size is 0; expected 1 or more"),
         ({"workers": -1}, "--workers is -1; expected 0 or more"),
+        ({"workers": 10**6}, "--workers is 1000000; expected at most 1024"),
+        (
+            {"batch_size": 10**12},
+            r"--batch-size is 1000000000000 and --image-size 16: batches of \d+ MB, but",
+        ),
+        ({"image_size": 4 * 10**9}, r"--image-size 4000000000: batches of \d+ MB, but there are \d+ MB"),
     ],
 )
 def test_contradictions_are_refused(source, fake_encoder, dataset, options, message):

@@ -14,7 +14,7 @@ from dit_jax.data.crop import center_crop
 from dit_jax.data.decode import decode
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset
-from dit_jax.data.metadata import DataError
+from dit_jax.data.metadata import DataError, load_metadata
 from dit_jax.data.sources import BadImageError, decode_rgb, open_source
 
 
@@ -380,3 +380,11 @@ def test_a_crop_of_an_extreme_shape_needs_little_memory():
 def test_recipe_holds_no_path(folder, fake_encoder, tmp_path):
     metadata = prepare(open_source(f"folder:{folder}"), fake_encoder(), tmp_path / "set", image_size=16)
     assert str(folder.parent) not in str(dataclasses.asdict(metadata))
+
+
+@pytest.mark.parametrize(
+    "open_it", [load_metadata, lambda n: open_source(f"folder:{n}"), lambda n: open_source(f"npz:{n}")]
+)
+def test_a_name_that_no_file_system_takes_is_refused(open_it):
+    with pytest.raises(DataError):
+        open_it("x" * 3000)

@@ -107,6 +107,11 @@ def edited(**model):
         ),
         ("dataset.json", b"\xff", r"dataset.json cannot be read \(.*utf-8"),
         ("dataset.json", b"[]", "dataset.json: "),
+        (
+            "dataset.json",
+            METADATA.to_json().replace('"image_size": 32', f'"image_size": 1{"0" * 400}').encode(),
+            "dataset.json has image_size 10{,90}...; expected 1 to 65535",
+        ),
     ],
 )
 def test_what_a_run_says_of_itself_may_be_edited_or_cut(workdir, name, content, message):

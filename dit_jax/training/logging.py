@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pathlib
+import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 
@@ -15,92 +18,105 @@ from dit_jax import flops
 from dit_jax.config import Config
 from dit_jax.training.checkpoint import say
 
-if TYPE_CHECKING:
-    from tensorboardX.event_file_writer import EventsWriter
-
 
 class MetricsLog:
     """Writes lines of metrics; only process 0 touches the disk.
 
-    Where that fails (a full disk, say), training goes on: the lines wait for room, TensorBoard's events of that
-    time are lost, and this is said once until a line finds room again.
+    Where that fails (a full disk, say), training goes on: what could not be written waits for room, and this is said
+    once until a line finds room again.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int) -> None:
         """Open the log of a run that goes on after `step`: later lines, of steps now lost, are dropped."""
-        self._file = None
-        if jax.process_index() != 0:
+        self._open = jax.process_index() == 0
+        if not self._open:
             return
         truncate(workdir / "metrics.jsonl", step)
-        self._file = (workdir / "metrics.jsonl").open("ab", buffering=0)
-        self._waiting = b""
+        host, now = socket.gethostname(), time.time()
+        self._lines = _Appended(workdir / "metrics.jsonl")
+        # TensorBoard drops what older files say of the steps from here on.
+        self._events = _Appended(workdir / "tensorboard" / f"events.out.tfevents.{now:.6f}.{host}")
+        self._events.waiting = _record(file_version="brain.Event:2") + (_start(step + 1) if step else b"")
         self._failing = False
-        self._folder = workdir / "tensorboard"
-        self._purge_step = step + 1 if step else None
-        self._events: EventsWriter | None = None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line, on disk when this returns if there is room."""
-        if self._file is None:
+        if not self._open:
             return
-        self._waiting += json.dumps({"step": step, **metrics}).encode() + b"\n"
-        problem = self._flush() or self._write_events(step, metrics)
-        if problem and not self._failing:
-            say(f"the metrics of step {step} could not be written ({problem}); they wait for room")
-        self._failing = problem is not None
-
-    def _flush(self) -> OSError | None:
-        """Write what waits; the error that kept a part of it back."""
-        assert self._file is not None
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
-        except OSError as error:
-            return error
-        return None
-
-    def _write_events(self, step: int, metrics: Mapping[str, float]) -> OSError | None:
-        """The same for TensorBoard; the error that kept it back.
-
-        Written from here: tensorboardX's SummaryWriter has a thread that dies of a full disk.
-        """
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
-
-        events = [Event(step=step, summary=scalar(*pair), wall_time=time.time()) for pair in metrics.items()]
-        if self._purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            events.insert(0, Event(step=self._purge_step, session_log=start, wall_time=time.time()))
-        try:
-            if self._events is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._events = EventsWriter(str(self._folder / "events"), f".{step}")
-            for event in events:
-                self._events.write_event(event)
-            self._events.flush()
-        except OSError as error:
-            self._events = None  # half an event may be written: the next one begins a new file
-            for file in self._folder.glob("events*"):
-                if file.stat().st_size == 0:
-                    file.unlink()
-            return error
-        self._purge_step = None
-        return None
+        self._lines.waiting += json.dumps({"step": step, **metrics}).encode() + b"\n"
+        self._events.waiting += _scalars(step, metrics)
+        problems = [problem for file in (self._lines, self._events) if (problem := file.flush())]
+        if problems and not self._failing:
+            say(f"the metrics of step {step} could not be written ({problems[0]}); they wait for room")
+        self._failing = bool(problems)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is None:
+        if not self._open:
             return
-        problem = self._flush()
+        problem = self._lines.close()
         if problem:
-            say(f"{self._waiting.count(10)} lines of metrics.jsonl are lost ({problem})")
-        with contextlib.suppress(OSError):  # said already
-            self._file.close()
-            if self._events is not None:
-                self._events.close()
+            say(f"{self._lines.waiting.count(10)} lines of metrics.jsonl are lost ({problem})")
+        self._events.close()
+
+
+class _Appended:
+    """A file to append to; bytes that find no room wait, and no half of them is ever missing in the middle."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._file: io.FileIO | None = None
+        self.waiting = b""
+
+    def flush(self) -> OSError | None:
+        """Write what waits; the error that kept a part of it back."""
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._path.open("ab", buffering=0)
+            while self.waiting:
+                self.waiting = self.waiting[self._file.write(self.waiting) :]
+        except OSError as error:
+            return error
+        return None
+
+    def close(self) -> OSError | None:
+        """The last try; the error that kept a part of it back."""
+        if self._file is None and not self.waiting:
+            return None
+        problem = self.flush()
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                self._file.close()
+        return problem
+
+
+# tensorboardX's own writer has a thread that dies of a full disk, and then blocks whoever writes.
+
+
+def _record(**fields: Any) -> bytes:
+    """One event as it lies in TensorBoard's files: its length and bytes, each with a checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = Event(wall_time=time.time(), **fields).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+    return length + checksums[0] + data + checksums[1]
+
+
+def _start(step: int) -> bytes:
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    return _record(step=step, session_log=SessionLog(status=SessionLog.START))
+
+
+def _scalars(step: int, metrics: Mapping[str, float]) -> bytes:
+    from tensorboardX.summary import scalar
+
+    return b"".join(_record(step=step, summary=scalar(name, value)) for name, value in metrics.items())
 
 
 def read_lines(path: pathlib.Path) -> list[dict[str, float]]:

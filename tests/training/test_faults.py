@@ -267,26 +267,36 @@ def test_a_full_disk_stops_no_log(small_disk, capfd):
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1, said
     assert said[0].startswith("the metrics of step ") and "No space left on device" in said[0]
-    assert all(file.stat().st_size for file in (folder / "tensorboard").iterdir())
+    assert [step for step, tag, *_ in events(folder) if tag == "loss"] == list(range(1, 103))
+
+
+def events(folder):
+    """What TensorBoard's files say: (step, name, value) and (step, "start")."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = []
+    for file in sorted((folder / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], "little")
+            event = data[12 : 12 + size]
+            for part, at in ((data[:8], 8), (event, 12 + size)):
+                assert masked_crc32c(part) == int.from_bytes(data[at : at + 4], "little")
+            event = Event.FromString(event)
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            found += [(event.step, "start")] if event.HasField("session_log") else []
+            data = data[16 + size :]
+    return found
 
 
 def test_tensorboard_reads_the_events_of_a_run_that_goes_on(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
     for start, steps in ((0, (1, 2)), (1, (2, 3))):
         with MetricsLog(tmp_path, start) as log:
             for step in steps:
                 log.write(step, {"loss": step / 4})
-    found = []
-    for file in sorted((tmp_path / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns):
-        data = file.read_bytes()
-        while data:  # length, its checksum, the event, its checksum
-            size = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + size])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            found += [(event.step, "start")] if event.HasField("session_log") else []
-            data = data[16 + size :]
-    assert found == [(1, "loss", 0.25), (2, "loss", 0.5), (2, "start"), (2, "loss", 0.5), (3, "loss", 0.75)]
+    first, second = [(1, "loss", 0.25), (2, "loss", 0.5)], [(2, "loss", 0.5), (3, "loss", 0.75)]
+    assert events(tmp_path) == [*first, (2, "start"), *second]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(config, tmp_path):

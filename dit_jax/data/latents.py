@@ -19,6 +19,7 @@ import numpy as np
 
 from dit_jax.config import Config, ConfigError
 from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, parse, shard_name
+from dit_jax.processes import on_lead
 
 
 class LatentDataset:
@@ -210,14 +211,13 @@ def _prepare_digits(directory: str) -> None:
     """Process 0 prepares the digits where they are missing; the others wait for it."""
     from dit_jax.data.metadata import METADATA_FILE
 
-    missing = not os.path.isfile(pathlib.Path(directory) / METADATA_FILE)
-    if missing and jax.process_index() == 0:
+    def make() -> None:
+        if os.path.isfile(pathlib.Path(directory) / METADATA_FILE):
+            return
         from dit_jax.data.encode import prepare
         from dit_jax.data.encoders import flax_encoder
         from dit_jax.data.sources import open_source
 
         prepare(open_source("digits"), flax_encoder("digits"), directory, image_size=32, mirrors=False)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices("dit_jax digits prepared")
+    on_lead(make)

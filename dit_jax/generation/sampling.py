@@ -30,6 +30,7 @@ from dit_jax.generation.room import check_pictures
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
 from dit_jax.models.dit import DiT, build_model
 from dit_jax.pictures import save_grid, to_uint8
+from dit_jax.processes import all_fail_alike
 
 Array = jax.Array
 
@@ -154,21 +155,35 @@ def generate_images(
     batch_size = min(batch_size, len(labels))
     batch_size += -batch_size % devices
     sampler = make_latent_sampler(model, config, options, mesh)
-    images = []
+    images: list[np.ndarray] = []
+    problem: Exception | None = None
     lead = jax.process_index() == 0
     with tqdm(total=len(labels), unit="sample", desc="sampling", disable=not (progress and lead)) as bar:
         for start in range(0, len(labels), batch_size):
             part = labels[start : start + batch_size]
             indices = np.arange(start, start + batch_size, dtype=np.int32)
             padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
-            latents = np.asarray(sampler(params, seed, indices, padded))[: len(part)]
+            try:
+                latents = np.asarray(sampler(params, seed, indices, padded))[: len(part)]
+            except jax.errors.JaxRuntimeError:  # too little memory, say
+                all_fail_alike()
+                raise
             if not np.isfinite(latents).all():
                 raise FloatingPointError(
                     f"samples {start} to {start + len(part) - 1} hold values that are not finite"
                 )
-            if lead and decoder is not None:
-                images.append(decoder(latents))
+            if lead and decoder is not None and problem is None:
+                try:
+                    images.append(decoder(latents))
+                except Exception as error:
+                    if jax.process_count() == 1:
+                        raise
+                    problem = (
+                        error  # raised when the others do not need this process for their samples any more
+                    )
             bar.update(len(part))
+    if problem is not None:
+        raise problem
     return np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
 
 

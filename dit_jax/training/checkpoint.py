@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from dit_jax.config import ConfigError
+from dit_jax.processes import on_lead
 from dit_jax.training.saving import Saver
 from dit_jax.training.state import TrainState
 
@@ -153,13 +153,14 @@ class Checkpoints:
 
     def _set_aside(self, step: int, problem: str) -> None:
         say(f"checkpoint of step {step} is damaged ({problem}); going back to the one before it")
-        if jax.process_index() == 0:
+
+        def rename() -> None:
             aside = self.directory / f"damaged-{step}"
             while aside.exists():
                 aside = aside.with_name(aside.name + "x")
             os.rename(self.directory / str(step), aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("set aside a damaged checkpoint")
+
+        on_lead(rename)
         self._saver.reopen()
 
 
@@ -228,13 +229,11 @@ def find_damage(folder: pathlib.Path, item: str = "") -> str:
 
 def shared_damage(folder: pathlib.Path, item: str = "") -> str:
     """What is wrong with the files of a checkpoint ("" for nothing): process 0 reads them, all get the answer."""
-    problem = ""
-    if jax.process_index() == 0:
+
+    def look() -> str:
         try:
-            problem = find_damage(folder, item)
+            return find_damage(folder, item)
         except OSError as error:
-            problem = f"cannot be read: {error}"
-    if jax.process_count() > 1:
-        bad = int(multihost_utils.broadcast_one_to_all(bool(problem)))
-        problem = problem or ("found damaged by process 0" if bad else "")
-    return problem
+            return f"cannot be read: {error}"
+
+    return on_lead(look)

@@ -1,7 +1,8 @@
 """How the processes of a run are started and stopped.
 
 Started: by flags, or by what Slurm, Open MPI, GKE or a TPU pod says of itself. Stopped: SIGTERM, as clusters
-send before they take a machine back, or Ctrl-C lets the step finish, saves and ends with `EXIT_STOPPED`.
+send before they take a machine back, or Ctrl-C lets the step finish, saves and ends with `EXIT_STOPPED`. Before there
+are steps `dit_jax.signals` acts.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from dit_jax import processes
 from dit_jax.config import ConfigError
+from dit_jax.signals import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from dit_jax.signals import EXIT_STOPPED as EXIT_STOPPED
 
+EXIT_FAILED = 1
 EXIT_BAD_OPTION = 2
 EXIT_DIVERGED = 3
 EXIT_DOES_NOT_FIT = 4
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
-EXIT_INTERRUPTED = 130  # as shells say of SIGINT
 
 
 class TrainingDivergedError(RuntimeError):
@@ -85,6 +88,7 @@ def initialize(options: LaunchOptions) -> None:
         jax.distributed.initialize(options.coordinator, options.num_processes, options.process_index)
     elif options.distributed or _under_a_launcher():
         jax.distributed.initialize()
+    processes.join_the_others()
 
 
 def _under_a_launcher() -> bool:
@@ -93,22 +97,8 @@ def _under_a_launcher() -> bool:
     return any(int(count) > 1 for count in counts) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def leave_when_stopped() -> None:
-    """Outside of a `StopSignal`, SIGTERM ends a run of one process with EXIT_STOPPED: there is nothing to save.
-
-    In runs of several processes JAX's preemption service watches SIGTERM from the start.
-    """
-
-    def leave(*_: object) -> None:
-        os.write(2, b"train.py: asked to stop; the same command goes on from the last checkpoint\n")
-        os._exit(EXIT_STOPPED)  # at once, wherever start-up is
-
-    if jax.process_count() == 1:
-        signal.signal(signal.SIGTERM, leave)
-
-
 class StopSignal:
-    """Notices SIGTERM and Ctrl-C inside a `with` block; a second Ctrl-C interrupts at once."""
+    """Notices SIGTERM and Ctrl-C inside a `with` block; a second Ctrl-C does what it did before the block."""
 
     def __init__(self) -> None:
         self._received = False
@@ -124,9 +114,10 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        before = self._previous[signal.SIGINT]
+        if self._received and number == signal.SIGINT and callable(before):
+            before(number, frame)
         self._received = True
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # so that all processes stop at the same step

@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 from dit_jax.config import Config
 from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import batches, check_memory
+from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import check_folder
+from dit_jax.processes import on_lead
 from dit_jax.training.checkpoint import Checkpoints, say
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.logging import MetricsLog, Throughput
@@ -63,12 +65,7 @@ def train(config: Config) -> TrainState:
         config, mesh, scaling_factor=metadata.scaling_factor, shift_factor=metadata.shift_factor
     )
     check_room(config, program)
-    if jax.process_index() == 0:
-        if config.train.sample_every:
-            from dit_jax.generation import check_sample_grids
-
-            check_sample_grids(config, metadata)
-        check_folder("--train.workdir", workdir)
+    on_lead(lambda: check_outputs(config, metadata))
     meta = meta_of(config, dataset_fingerprint(metadata))
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(workdir))
@@ -83,19 +80,30 @@ def train(config: Config) -> TrainState:
         write_description(config, metadata, workdir)
         stop = stack.enter_context(StopSignal())
         run = Run(config, workdir, mesh, dataset, program, checkpoints, meta, stop)
-        for _ in range(config.train.max_rollbacks + 1):
+        for rollbacks in range(config.train.max_rollbacks + 1):
             state = run.go_on(state)
             if int(state.bad_streak) < config.train.bad_steps:
+                checkpoints.wait()  # a signal that comes now must not cost the last one
                 return state
-            failed, state = state, run.last_good(state)
-            say(
-                f"the last {int(failed.bad_streak)} updates up to step {int(failed.step)} were not finite: "
-                f"going back to step {int(state.step)} and on with other data"
-            )
+            if rollbacks < config.train.max_rollbacks:
+                failed, state = state, run.last_good(state)
+                say(
+                    f"the last {int(failed.bad_streak)} updates up to step {int(failed.step)} were not finite: "
+                    f"going back to step {int(state.step)} and on with other data"
+                )
     raise TrainingDivergedError(
-        f"training diverged at step {int(failed.step)}: updates are not finite, "
+        f"training diverged at step {int(state.step)}: updates are not finite, "
         f"also after {config.train.max_rollbacks} returns to the last checkpoint (--train.max-rollbacks)"
     )
+
+
+def check_outputs(config: Config, metadata: LatentMetadata) -> None:
+    """Raises ConfigError where the run could not draw its samples or write its files."""
+    if config.train.sample_every:
+        from dit_jax.generation import check_sample_grids
+
+        check_sample_grids(config, metadata)
+    check_folder("--train.workdir", config.train.workdir)
 
 
 def first_state(config: Config, program: Program, label_names: Sequence[str]) -> TrainState:
@@ -131,6 +139,8 @@ class Run:
         clock = Throughput(config, self.mesh.size)
         # Once a line, not once a step: it reads all parameters.
         param_norm = jax.jit(optax.tree.norm, out_shardings=replicated(self.mesh))
+        # Compiled: jax.device_put onto devices of several processes makes an array of too many shards.
+        no_totals = jax.jit(zero_totals, out_shardings=replicated(self.mesh))
         in_flight: collections.deque[Any] = collections.deque()
         with (
             contextlib.closing(data), bar, MetricsLog(self.workdir, step) as log,
@@ -154,7 +164,7 @@ class Run:
                     shown = f"{line.get('loss', float('nan')):.4f}"
                     if step % t.log_every == 0:  # a run that is extended later completes the window
                         loss = line.get("loss")
-                        state = dataclasses.replace(state, totals=reset_totals(state.totals))
+                        state = dataclasses.replace(state, totals=no_totals())
                     line |= clock.lap(step)
                     with clock.paused():
                         line["param_norm"] = float(param_norm(state.params))
@@ -187,8 +197,11 @@ class Run:
                 config=self.config, model=self.program.model, params=state.ema[0],
                 metadata=self.dataset.metadata, mesh=self.mesh,
             )  # fmt: skip
-        except (OSError, FloatingPointError) as error:  # a full disk, values that are not finite
-            say(f"no grid of samples at step {step}: {error}")
+        except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+            # A full disk, values that are not finite, too little memory. What else XLA says is not about samples.
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            say(f"no grid of samples at step {step}: {str(error).splitlines()[0]}")
 
     def last_good(self, failed: TrainState) -> TrainState:
         """The newest checkpoint, or the start, with data from after the step that failed."""
@@ -196,10 +209,4 @@ class Run:
         state = self.checkpoints.restore(self.program.state) or first_state(
             self.config, self.program, self.dataset.metadata.label_names
         )
-        offset = failed.step + failed.data_offset - state.step
-        return dataclasses.replace(state, data_offset=jax.device_put(offset, state.data_offset.sharding))
-
-
-def reset_totals(totals: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Zeros, laid out as the totals were."""
-    return {name: jax.device_put(zero, totals[name].sharding) for name, zero in zero_totals().items()}
+        return dataclasses.replace(state, data_offset=failed.step + failed.data_offset - state.step)

@@ -18,6 +18,7 @@ import jax
 from dit_jax.config import Config, ConfigError, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import write_whole
+from dit_jax.processes import on_lead
 from dit_jax.training.checkpoint import CheckpointError
 
 # Options that may change when a run goes on; any other makes it another run.
@@ -110,21 +111,23 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 def hold(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the workdir, by process 0, as long as the block runs: two runs would write over each other's files.
 
-    The system lets go of it when the process ends, however it ends. Raises ConfigError while another run holds it;
-    a file system without locks is left alone.
+    The system lets go of it when the process ends, however it ends. Raises ConfigError, in all processes, while
+    another run holds it; a file system without locks is left alone.
     """
-    if jax.process_index() != 0:
-        yield
-        return
-    with (workdir / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(
-                    f"--train.workdir is {os.fspath(workdir)!r}, where another run is training; wait until it has "
-                    f"ended, or name another folder"
-                ) from None
+    with contextlib.ExitStack() as held:
+
+        def lock() -> None:
+            file = held.enter_context((workdir / ".lock").open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise ConfigError(
+                        f"--train.workdir is {os.fspath(workdir)!r}, where another run is training; wait until it "
+                        f"has ended, or name another folder"
+                    ) from None
+
+        on_lead(lock)
         yield
 
 

@@ -192,12 +192,13 @@ def test_a_failed_save_is_no_obstacle_to_going_back(config, monkeypatch, capsys)
     assert "up to step 6 were not finite: going back to step 2" in capsys.readouterr().err
 
 
-def test_divergence_stops_with_the_reason(config, monkeypatch):
+def test_divergence_stops_with_the_reason(config, monkeypatch, capsys):
     poison(monkeypatch, set(range(3, 100)))
     with pytest.raises(
         TrainingDivergedError, match=r"diverged at step 4.*after 2 returns to the last checkpoint"
     ):
         train(config(steps=20, bad_steps=2, max_rollbacks=2))
+    assert capsys.readouterr().err.count("going back") == 2  # and not once more, for nothing
 
 
 def test_a_damaged_shard_is_named(config, latents, tmp_path):

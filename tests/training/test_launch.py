@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,13 +46,18 @@ def _no_process_is_left():
             process.kill()
 
 
-def start_two(config_file):
-    """Two processes of two devices each."""
+def free_port():
+    """A port on which nobody listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    shared = ("--coordinator", address, "--num-processes", "2", "--process-index")
-    return [start(config_file, *shared, str(i), devices=2) for i in range(2)]
+        return probe.getsockname()[1]
+
+
+def start_two(config_file, *own, devices=2):
+    """Two processes of so many devices each; `own` are options that only the first, and only the second, gets."""
+    shared = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-index")
+    own = own or ((), ())
+    return [start(config_file, *shared, str(i), *own[i], devices=devices) for i in range(2)]
 
 
 def finish(*processes, timeout=240):
@@ -76,15 +81,18 @@ def config_file(tiny, latents, tmp_path):
     return make
 
 
-def wait_for_step(workdir, step, timeout=200):
-    """Return when the log has reached the step."""
+def wait_for(happened, timeout=200):
+    """Return when happened() is true."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        lines = read_lines(workdir / "metrics.jsonl")
-        if lines and lines[-1]["step"] >= step:
-            return
-        time.sleep(0.05)
-    raise TimeoutError(f"step {step} was not reached")
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{happened} did not happen")
+        time.sleep(0.01)
+
+
+def wait_for_step(workdir, step):
+    """Return when the log has reached the step."""
+    wait_for(lambda: any(line["step"] >= step for line in read_lines(workdir / "metrics.jsonl")))
 
 
 @pytest.mark.slow
@@ -137,9 +145,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_is_a_stop_too(config_file, tmp_path):
     process = start(config_file("run", steps=10**6), devices=1)
-    end = time.monotonic() + 200
-    while not (tmp_path / "run" / ".lock").exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for(lambda: (tmp_path / "run" / ".lock").exists())
     process.send_signal(signal.SIGTERM)  # while it looks for checkpoints and compiles
     codes, (output,) = finish(process)
     assert codes == [launch.EXIT_STOPPED], output
@@ -155,6 +161,74 @@ def test_sigterm_to_one_of_two_processes_stops_both(config_file, tmp_path):
     assert codes == [launch.EXIT_STOPPED] * 2, "".join(outputs)
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert find_damage(saved) == ""
+
+
+def lead_refuses(config_file, latents, tmp_path):
+    (tmp_path / "file").touch()
+    processes = start_two(
+        config_file("run"), ("--train.workdir", str(tmp_path / "file" / "run")), (), devices=1
+    )
+    return processes, launch.EXIT_BAD_OPTION, "where no file can be written"
+
+
+def second_reads_a_damaged_shard(config_file, latents, tmp_path):
+    copy = tmp_path / "latents"
+    shutil.copytree(latents, copy)
+    for shard in copy.glob("*.array_record-*"):
+        shard.write_bytes(bytes(byte ^ 4 * (i % 500 == 250) for i, byte in enumerate(shard.read_bytes())))
+    file = config_file("run", steps=10**6, log_every=1, checkpoint_every=1)
+    processes = start_two(file, (), ("--data.dir", str(copy)), devices=1)
+    return processes, launch.EXIT_BAD_OPTION, "cannot be read"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fail", [lead_refuses, second_reads_a_damaged_shard])
+def test_when_one_process_fails_all_end_with_its_code_and_its_sentence(fail, config_file, latents, tmp_path):
+    processes, expected, sentence = fail(config_file, latents, tmp_path)
+    codes, outputs = finish(*processes)
+    output = "".join(outputs)
+    assert codes == [expected, expected], output
+    assert output.count(sentence) == 1
+    assert "Traceback" not in output and "rror:" not in output, output
+
+
+needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for the moment of a signal")
+
+
+def takes_sigterm(process):
+    """Whether it has a handler for SIGTERM; Python itself sets none."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGTERM - 1) & 1
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@needs_proc
+@pytest.mark.slow
+def test_signals_at_any_moment_of_a_start_are_one_line_and_a_code(config_file):
+    file = config_file("run", steps=10**6)
+
+    def end_by(number, delay, *args, until=lambda: True):
+        process = start(file, *args, devices=1)
+        wait_for(lambda: takes_sigterm(process) and until())
+        time.sleep(delay)
+        process.send_signal(number)
+        (code,), (output,) = finish(process)
+        moment = f"{signal.Signals(number).name} after {delay} s: {output}"
+        assert "Traceback" not in output, moment
+        assert output.count("the same command goes on") == 1, moment
+        assert code == (launch.EXIT_STOPPED if number == signal.SIGTERM else launch.EXIT_INTERRUPTED), moment
+
+    for delay in (0, 0.5, 2):
+        end_by(signal.SIGTERM, delay)
+    for number in (signal.SIGINT, signal.SIGTERM):  # waits in C++ for a process that never comes
+        port = free_port()
+        shared = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-index", "0")
+        end_by(number, 0.5, *shared, until=lambda port=port: listens(port))
+    end_by(signal.SIGINT, 0.3, *shared)
 
 
 @pytest.mark.slow
@@ -181,20 +255,6 @@ def test_dry_run_trains_nothing(config_file, tmp_path):
     ):
         assert part in output
     assert not (tmp_path / "run").exists()
-
-
-def test_an_interruption_before_the_first_step_is_one_line(monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dit_jax.memory.keep_freed_memory", lambda: False)  # this process keeps its malloc
-    main = runpy.run_path(str(ROOT / "train.py"))["main"]
-    monkeypatch.setitem(main.__globals__, "keep_compiled_programs", lambda: None)
-    monkeypatch.setitem(main.__globals__, "parse_args", interrupted)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert main() == launch.EXIT_INTERRUPTED
-    said = capsys.readouterr().err
-    assert said == "train.py: interrupted; the same command goes on from the last checkpoint\n"
 
 
 def test_launch_flags():

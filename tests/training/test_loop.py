@@ -64,7 +64,14 @@ def test_an_autoencoder_out_of_reach_is_refused_before_a_run_that_draws_samples(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("error", [OSError("no space left"), FloatingPointError("samples are not finite")])
+OUT_OF_MEMORY = jax.errors.JaxRuntimeError(
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nHeap"
+)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no space left"), FloatingPointError("samples are not finite"), OUT_OF_MEMORY]
+)
 def test_samples_that_fail_do_not_end_a_run(config, monkeypatch, capsys, error):
     def fail(*args, **kwargs):
         raise error
@@ -72,7 +79,19 @@ def test_samples_that_fail_do_not_end_a_run(config, monkeypatch, capsys, error):
     monkeypatch.setattr("dit_jax.generation.check_sample_grids", lambda *args: None)
     monkeypatch.setattr("dit_jax.generation.write_sample_grid", fail)
     assert int(train(config(steps=2, sample_every=1, sample_steps=3)).step) == 2
-    assert f"no grid of samples at step 1: {error}" in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert f"no grid of samples at step 1: {str(error).splitlines()[0]}\n" in said
+    assert "Heap" not in said
+
+
+def test_what_else_fails_while_samples_are_drawn_ends_a_run(config, monkeypatch):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: another process is gone")
+
+    monkeypatch.setattr("dit_jax.generation.check_sample_grids", lambda *args: None)
+    monkeypatch.setattr("dit_jax.generation.write_sample_grid", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="is gone"):
+        train(config(steps=2, sample_every=1, sample_steps=3))
 
 
 def test_a_run_leaves_its_files(config, tmp_path):

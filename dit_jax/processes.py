@@ -1,0 +1,136 @@
+"""The processes of one run: what process 0 does for all, and how all end when one must.
+
+Both go through the store of keys that JAX keeps for the processes of a run. A wait in it may take as long as the
+other process needs, where a collective of the devices fails after half a minute; and it works before there are
+devices.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # JAX has no public name for the store
+
+from dit_jax import signals
+from dit_jax.config import ConfigError
+
+T = TypeVar("T")
+
+FOREVER_MS = 7 * 24 * 3600 * 1000
+ALIKE_MS = 60_000
+POLL_SECONDS = 0.5
+FAREWELL_SECONDS = 10.0  # how long process 0, which keeps the store, waits for the others to have read it
+_CODE, _LEFT = "dit_jax/exit_code", "dit_jax/left"
+_calls, _failures = itertools.count(), itertools.count()
+_ending = threading.Lock()
+_joined = False
+
+
+def on_lead(do: Callable[[], T]) -> T:
+    """What `do()` gives in process 0, in every process: all of them call this, in the same order.
+
+    The result is something that JSON can say. An error is raised in all: a ConfigError as one, any other, elsewhere
+    than in process 0, as a RuntimeError.
+    """
+    if jax.process_count() == 1:
+        return do()
+    store, key = _store(), f"dit_jax/on_lead/{next(_calls)}"
+    if jax.process_index() == 0:
+        try:
+            result = do()
+        except Exception as error:
+            store.key_value_set(
+                key, json.dumps({"error": str(error), "config": isinstance(error, ConfigError)})
+            )
+            raise
+        store.key_value_set(key, json.dumps({"result": result}))
+        return result
+    said = json.loads(store.blocking_key_value_get(key, FOREVER_MS))
+    if "error" in said:
+        raise (ConfigError if said["config"] else RuntimeError)(said["error"])
+    return said["result"]
+
+
+def all_fail_alike() -> None:
+    """For a process whose part of a collective computation failed in a way that all can live with: returns when all
+    have called this. Raises JaxRuntimeError where some have not in a minute: they wait for this one's part."""
+    if jax.process_count() > 1:
+        _store().wait_at_barrier(f"dit_jax/failed/{next(_failures)}", ALIKE_MS)
+
+
+def join_the_others() -> None:
+    """From now on this process ends when another one of the run has called `end`, wherever it is."""
+    global _joined
+    if distributed.global_state.num_processes == 1:
+        return
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(POLL_SECONDS):
+            try:
+                code = _store().key_value_try_get(_CODE)
+            except Exception:  # no such key, as long as all is well
+                continue
+            _leave(int(code))
+
+    follower = threading.Thread(target=follow, name="follow the others", daemon=True)
+    follower.start()
+
+    def stop() -> None:
+        with contextlib.suppress(Exception):
+            _store().wait_at_barrier("dit_jax/done", FOREVER_MS)  # the others may still fail
+        over.set()  # a thread that is in JAX's store while Python shuts down would abort the process
+        follower.join()
+
+    atexit.register(stop)
+    _joined, signals.end = True, end
+
+
+def end(code: int, message: str) -> int:
+    """The exit code of this process, which says `message` on stderr.
+
+    Of several processes all end, with the code of the first that calls this, and it alone speaks.
+    """
+    if not _joined:
+        print(message, file=sys.stderr)
+        return code
+    try:
+        _store().key_value_set(_CODE, str(code))
+    except Exception:  # there is one already
+        with contextlib.suppress(Exception):
+            code = int(_store().key_value_try_get(_CODE))
+    else:
+        os.write(2, f"{message}\n".encode())  # a signal may have come in the middle of a print
+    _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End this process, the one that keeps the store last: the others would abort without it."""
+    if not _ending.acquire(blocking=False):  # another thread is about to
+        threading.Event().wait()
+    state = distributed.global_state
+    deadline = time.monotonic() + FAREWELL_SECONDS
+    with contextlib.suppress(Exception):  # one that was killed does not answer
+        if state.process_id:
+            _store().key_value_set(f"{_LEFT}/{state.process_id}", "")
+        else:
+            for other in range(1, state.num_processes):
+                left = max(1, int(1000 * (deadline - time.monotonic())))
+                _store().blocking_key_value_get(f"{_LEFT}/{other}", left)
+            time.sleep(1)  # between saying so and having left
+    os._exit(code)
+
+
+def _store() -> Any:
+    return distributed.global_state.client

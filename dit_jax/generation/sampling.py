@@ -78,7 +78,7 @@ def batch_axes(mesh: Mesh) -> PartitionSpec:
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
 def make_latent_sampler(
     model: DiT, config: Config, options: SamplingOptions, mesh: Mesh
-) -> Callable[[Any, int, np.ndarray, np.ndarray], Array]:
+) -> Callable[[Any, int, Array | np.ndarray, Array | np.ndarray], Array]:
     """A jitted (params, seed, sample indices (B,), labels (B,)) -> latents (B, H, W, C), replicated.
 
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
@@ -155,6 +155,11 @@ def generate_images(
     batch_size = min(batch_size, len(labels))
     batch_size += -batch_size % devices
     sampler = make_latent_sampler(model, config, options, mesh)
+    split = NamedSharding(mesh, batch_axes(mesh))
+
+    def place(numbers: np.ndarray) -> Array:  # jit takes no NumPy array that is split over several processes
+        return jax.make_array_from_callback(numbers.shape, split, numbers.__getitem__)
+
     images: list[np.ndarray] = []
     problem: Exception | None = None
     lead = jax.process_index() == 0
@@ -164,7 +169,7 @@ def generate_images(
             indices = np.arange(start, start + batch_size, dtype=np.int32)
             padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
             try:
-                latents = np.asarray(sampler(params, seed, indices, padded))[: len(part)]
+                latents = np.asarray(sampler(params, seed, place(indices), place(padded)))[: len(part)]
             except jax.errors.JaxRuntimeError:  # too little memory, say
                 all_fail_alike()
                 raise
@@ -178,9 +183,7 @@ def generate_images(
                 except Exception as error:
                     if jax.process_count() == 1:
                         raise
-                    problem = (
-                        error  # raised when the others do not need this process for their samples any more
-                    )
+                    problem = error  # raised below: the others need this process for their samples
             bar.update(len(part))
     if problem is not None:
         raise problem

@@ -82,8 +82,9 @@ def workdir(args: argparse.Namespace, name: str, seed: int) -> pathlib.Path:
 
 
 def losses(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (L,) and mean losses (L,) of the lines that a run has logged."""
+    """Steps (L,) and mean losses (L,) of the lines that a run has logged; a window without an update has none."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     return np.array([line["step"] for line in lines]), np.array([line["loss"] for line in lines])
 
 

@@ -156,12 +156,22 @@ def _look(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata | None:
         return found
     file = out / UNFINISHED / RECIPE_FILE
     if os.path.isfile(file):
-        _require_same(plan, json.loads(file.read_text()), out, "an unfinished dataset")
+        _require_same(plan, _read_recipe(file), out, "an unfinished dataset")
     elif os.path.isdir(out) and any(path.name != UNFINISHED for path in out.iterdir()):
         if (out / METADATA_FILE).is_file():  # finished in this moment, by another process
             return _look(out, plan)
         raise DataError(f"{out} is not empty and holds no dataset of ours; expected a new or an empty folder")
     return None
+
+
+def _read_recipe(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error}); expected it as prepare.py wrote it") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{file} holds no recipe; expected it as prepare.py wrote it")
+    return found
 
 
 def _make(

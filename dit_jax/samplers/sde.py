@@ -11,6 +11,7 @@ import numpy as np
 from dit_jax.diffusion.flow import DiffusionForm, FlowMatching, diffusion_coefficient
 from dit_jax.diffusion.gaussian import DenoiseFn
 from dit_jax.diffusion.paths import point
+from dit_jax.diffusion.predictions import Point
 from dit_jax.diffusion.samplers import keys_for, step_noise_at
 from dit_jax.samplers.grid import Times, check_steps, times_at
 
@@ -48,12 +49,7 @@ def sample_sde(
     start_time, end_time = process.sampling_interval(diffusion_form, size)
     grid = np.linspace(start_time, end_time, check_steps(steps))
     widths = _diffusion(process, diffusion_form, grid, diffusion_norm)
-    if step_noise is None and key is None:
-        raise ValueError("key and step_noise are missing; expected one of them, every step draws noise")
-    if step_noise is not None and (len(step_noise) < steps - 1 or step_noise.shape[1:] != noise.shape):
-        raise ValueError(
-            f"step_noise has shape {step_noise.shape}; expected {(steps - 1, *noise.shape)} or more steps"
-        )
+    _check_noise(noise, key, step_noise, steps)
     keys = None if step_noise is not None or key is None else keys_for(key, noise.shape[0])
     dt = (end_time - start_time) / (steps - 1)
 
@@ -84,13 +80,24 @@ def sample_sde(
     if last_step == "mean":
         x = x + size * drift(x, at, w[-1])
     else:
-        output = evaluate(x, at)
-        p = at.point
-        if last_step == "euler":
-            x = x + size * process.velocity(output, x, p)
-        else:
-            x = (x + p.sigma**2 * process.score(output, x, p)) / p.alpha
+        x = _last(process, last_step, size, evaluate(x, at), x, at.point)
     return x if states is None else jnp.concatenate([states, x[None]])
+
+
+def _check_noise(noise: Array, key: Array | None, step_noise: Array | None, steps: int) -> None:
+    if step_noise is None and key is None:
+        raise ValueError("key and step_noise are missing; expected one of them, every step draws noise")
+    if step_noise is not None and (len(step_noise) < steps - 1 or step_noise.shape[1:] != noise.shape):
+        raise ValueError(
+            f"step_noise has shape {step_noise.shape}; expected {(steps - 1, *noise.shape)} or more steps"
+        )
+
+
+def _last(process: FlowMatching, kind: LastStep, size: float, output: Array, x: Array, p: Point) -> Array:
+    """x after a last step that does not follow the SDE."""
+    if kind == "euler":
+        return x + size * process.velocity(output, x, p)
+    return (x + p.sigma**2 * process.score(output, x, p)) / p.alpha
 
 
 def _diffusion(process: FlowMatching, form: DiffusionForm, grid: np.ndarray, norm: float) -> np.ndarray:

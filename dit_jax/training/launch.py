@@ -62,11 +62,14 @@ def parse_launch(args: Sequence[str] | None = None) -> tuple[LaunchOptions, list
         help="print mesh, memory, steps per epoch, checkpoint size and time to the last step; train nothing",
     )  # fmt: skip
     group.add_argument(
-        "--compile-for", default="", metavar="TOPOLOGY",
+        "--compile-for", metavar="TOPOLOGY",
         help="compile the step for TPUs that are not here, such as v5e:16x16, and print memory, collectives and "
         "estimated speed; train nothing",
     )  # fmt: skip
     known, rest = parser.parse_known_args(args)
+    if known.compile_for is not None and not known.compile_for.strip():
+        raise ConfigError("--compile-for is empty; expected a topology such as v5e:16x16")
+    known.compile_for = known.compile_for or ""
     return LaunchOptions(**vars(known)), rest, parser.format_help()
 
 
@@ -81,6 +84,8 @@ def initialize(options: LaunchOptions) -> None:
             raise ConfigError(
                 f"--coordinator, --num-processes and --process-index are {explicit}; expected all three or none"
             )
+        if options.num_processes < 1:
+            raise ConfigError(f"--num-processes is {options.num_processes}; expected 1 or more")
         if not 0 <= options.process_index < options.num_processes:
             raise ConfigError(
                 f"--process-index is {options.process_index}; expected 0 to {options.num_processes - 1}"
@@ -94,7 +99,9 @@ def initialize(options: LaunchOptions) -> None:
 def _under_a_launcher() -> bool:
     """Whether srun, mpirun or GKE started several processes of which this is one."""
     counts = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(int(count) > 1 for count in counts) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return any(count.isdecimal() and int(count) > 1 for count in counts) or "," in os.environ.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    )
 
 
 class StopSignal:

@@ -217,6 +217,15 @@ def test_contradictions_are_refused(source, fake_encoder, dataset, options, mess
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(("text", "sentence"), [("{", "cannot be read"), ("[]", "holds no recipe")])
+def test_a_damaged_recipe_is_named(source, fake_encoder, tmp_path, text, sentence):
+    file = tmp_path / ".unfinished" / "recipe.json"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(DataError, match=rf"recipe\.json {sentence}"):
+        prepare(source, fake_encoder(), tmp_path, image_size=16)
+
+
 def test_another_unfinished_dataset_is_refused(source, fake_encoder, tmp_path):
     options = {"image_size": 16, "shard_size": 16, "process_count": 2}
     prepare(source, fake_encoder(), tmp_path, **options)

@@ -292,3 +292,22 @@ def test_slurm_and_others_are_recognised(monkeypatch):
     )
     assert calls == [(), (), (), ("h:1", 2, 1)]
     assert json.dumps(vars(nothing))  # plain values
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--compile-for", ""], "--compile-for is empty"),
+        (["--coordinator", "h:1", "--num-processes", "0", "--process-index", "0"], "--num-processes is 0"),
+    ],
+)
+def test_launch_options_that_mean_nothing_are_refused(args, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        launch.initialize(launch.parse_launch(args)[0])
+
+
+def test_a_count_of_processes_that_is_no_number_is_no_launcher(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2(x4)")
+    assert not launch._under_a_launcher()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert launch._under_a_launcher()

@@ -123,7 +123,8 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise ChildProcessError(f"{self.side.name} ended with code {self.process.wait()}")
+            code = self.process.wait()
+            raise ChildProcessError(code, f"{self.side.name} ended with code {code}")
         return json.loads(line)
 
     def cpu_seconds(self) -> float:
@@ -186,10 +187,11 @@ def started(args: argparse.Namespace, wanted: Sequence[Side], reference: bool) -
                 except ChildProcessError as error:
                     if not side.optional:
                         raise
-                    print(f"{error}: it is left out", file=sys.stderr)
+                    print(f"{error.strerror}: it is left out", file=sys.stderr)
             yield workers
         except ChildProcessError as error:
-            sys.exit(str(error))
+            # What it said of an error is the last word; one that was killed said nothing.
+            sys.exit(1 if error.errno and error.errno > 0 else error.strerror)
         finally:
             for worker in workers:
                 worker.close()

@@ -1,5 +1,6 @@
 """Whole runs of several processes: a checkpoint at a line of the log, samples, resume, a rollback, SIGTERM."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -56,15 +57,11 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("count", "devices"), [(2, 1), (4, 2)])
-def test_a_run_of_several_processes_survives_what_happens_to_runs(count, devices, tiny, latents, tmp_path):
-    options = {"log_every": 1, "checkpoint_every": 2, "bad_steps": 2}
-    samples = {"sample_every": 4, "sample_steps": 2, "sample_count": 130}
-    config = tiny.config(
-        train={"workdir": str(tmp_path / "run")} | options | samples, data={"dir": str(latents)}
-    )
-    file = tmp_path / "config.json"
+def run_all(count, devices, config, folder):
+    """The exit codes and (stdout, stderr) of `count` processes that run PROGRAM in a new folder."""
+    folder.mkdir()
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, workdir=str(folder / "run")))
+    file = folder / "config.json"
     file.write_text(to_json(config))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -83,14 +80,28 @@ def test_a_run_of_several_processes_survives_what_happens_to_runs(count, devices
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "".join(out[1] for out in outputs)
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(2, 1), (4, 2)])
+def test_a_run_of_several_processes_survives_what_happens_to_runs(count, devices, tiny, latents, tmp_path):
+    options = {"log_every": 1, "checkpoint_every": 2, "bad_steps": 2}
+    samples = {"sample_every": 4, "sample_steps": 2, "sample_count": 130}
+    config = tiny.config(train=options | samples, data={"dir": str(latents)})
+    for attempt in range(3):
+        codes, outputs = run_all(count, devices, config, tmp_path / str(attempt))
+        # Gloo gives a process 30 s to compile what another has compiled; on a loaded machine it may take longer.
+        if not any("Gloo context initialization failed" in out[1] for out in outputs):
+            break
+    assert codes == [0] * count, "".join(out[1] for out in outputs)
     found = [json.loads(out[0].splitlines()[-1]) for out in outputs]  # Gloo has its say before
     assert all(other == found[0] for other in found)
     first, rolled_back, stopped = found[0]
     # Back from step 7 to 4 with the data of step 7, the last bad one, which is skipped.
     assert (first, rolled_back) == ([4, 0, 0], [8, 3, 1])
     assert 12 < stopped[0] < 10**6
-    run = tmp_path / "run"
+    run = tmp_path / str(attempt) / "run"
     assert outputs[0][1].count("going back to step 4") == 1
     assert not any("going back" in out[1] for out in outputs[1:])
     assert [path.name for path in (run / "samples").iterdir()] == ["0000004.png"]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from dit_jax import processes
 from dit_jax.config import ConfigError, to_json
 from dit_jax.data.metadata import METADATA_FILE
 from dit_jax.generation.command import load_run
@@ -75,11 +76,16 @@ def test_another_process_leaves_the_hashing_to_the_first(trained, monkeypatch):
     folder, _, _ = trained
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    answers = iter([False, True])
-    monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", lambda _: next(answers))
+    said = iter(["", "a file is missing"])  # by process 0
+
+    class Store:
+        def blocking_key_value_get(self, key, timeout_ms):
+            return json.dumps({"result": next(said)})
+
+    monkeypatch.setattr(processes, "_store", Store)
     monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *_: pytest.fail("hashed"))
     assert checkpoint.shared_damage(folder / "checkpoints" / "2", "ema") == ""
-    assert checkpoint.shared_damage(folder / "checkpoints" / "2", "ema") == "found damaged by process 0"
+    assert checkpoint.shared_damage(folder / "checkpoints" / "2", "ema") == "a file is missing"
 
 
 @pytest.mark.parametrize("text", ["[]", "7", "null", "{}", "\xff"])

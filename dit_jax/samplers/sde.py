@@ -77,10 +77,7 @@ def sample_sde(
     if last_step == "none":
         return x if states is None else states
     at = jax.tree.map(lambda table: table[0], times_at(process, grid[-1:]))
-    if last_step == "mean":
-        x = x + size * drift(x, at, w[-1])
-    else:
-        x = _last(process, last_step, size, evaluate(x, at), x, at.point)
+    x = _last(process, last_step, size, w[-1], evaluate(x, at), x, at.point)
     return x if states is None else jnp.concatenate([states, x[None]])
 
 
@@ -93,11 +90,15 @@ def _check_noise(noise: Array, key: Array | None, step_noise: Array | None, step
         )
 
 
-def _last(process: FlowMatching, kind: LastStep, size: float, output: Array, x: Array, p: Point) -> Array:
-    """x after a last step that does not follow the SDE."""
-    if kind == "euler":
-        return x + size * process.velocity(output, x, p)
-    return (x + p.sigma**2 * process.score(output, x, p)) / p.alpha
+def _last(
+    process: FlowMatching, kind: LastStep, size: float, w: Array, output: Array, x: Array, p: Point
+) -> Array:
+    """x after the last step, without noise."""
+    score = process.score(output, x, p)
+    if kind == "tweedie":
+        return (x + p.sigma**2 * score) / p.alpha
+    drift = process.velocity(output, x, p)
+    return x + size * (drift + w * score if kind == "mean" else drift)
 
 
 def _diffusion(process: FlowMatching, form: DiffusionForm, grid: np.ndarray, norm: float) -> np.ndarray:

@@ -191,6 +191,18 @@ def make_draws(
     return draw
 
 
+def gradients_on(
+    mesh: Mesh | None, model: nn.Module, process: Any, microbatches: int, grad_shardings: Any
+) -> Callable[..., tuple[Any, Metrics]]:
+    """`make_gradients` of the network's loss, added over the devices of the mesh as seldom as their memory allows."""
+    if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
+        # Not under the other presets: a device then has no room for all gradients, or not for all parameters.
+        alone = make_loss(model.clone(batch_sharding=None), process)
+        of_a_device = make_gradients(alone, microbatches, make_split(None), None)
+        return add_over_devices_once(of_a_device, mesh, grad_shardings)
+    return make_gradients(make_loss(model, process), microbatches, make_split(mesh), grad_shardings)
+
+
 def make_train_step(
     model: nn.Module,
     process: Any,
@@ -213,13 +225,7 @@ def make_train_step(
 
     split_batch = make_split(mesh)
     draw = make_draws(config, process, scaling_factor, shift_factor)
-    if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
-        # Not under the other presets: a device then has no room for all gradients, or not for all parameters.
-        alone = make_loss(model.clone(batch_sharding=None), process)
-        of_a_device = make_gradients(alone, microbatches, make_split(None), None)
-        gradients = add_over_devices_once(of_a_device, mesh, grad_shardings)
-    else:
-        gradients = make_gradients(make_loss(model, process), microbatches, split_batch, grad_shardings)
+    gradients = gradients_on(mesh, model, process, microbatches, grad_shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         updates_done = state.step - state.skipped

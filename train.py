@@ -28,12 +28,12 @@ def main() -> int:
         options, rest, launch_help = launch.parse_launch()
         config = parse_args(rest, more_help=launch_help)
         if options.compile_for:
-            from dit_jax.training.compile_for import compile_training, print_report
+            from dit_jax.planning.compile_for import compile_training, print_report
 
             return print_report("train.py", lambda: compile_training(config, options.compile_for))
         launch.initialize(options)
         if options.dry_run:
-            from dit_jax.training.plan import describe_plan
+            from dit_jax.planning.plan import describe_plan
 
             print(describe_plan(config))
             return 0

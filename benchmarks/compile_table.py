@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dit_jax.config import load, resolve
 from dit_jax.generation.sampling import SamplingOptions
-from dit_jax.training.compile_for import (
+from dit_jax.planning.compile_for import (
     DoesNotFitError,
     Report,
     compile_sampling,

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding, use_abstract_mesh
 
-from dit_jax.models.dit import build_model
-from dit_jax.training.hlo import Instruction, Module, executions, parse, shape_bytes, unknown_loops
+from dit_jax.models.create import build_model
+from dit_jax.planning.hlo import Instruction, Module, executions, parse, shape_bytes, unknown_loops
 
 # No product is tried out on a GPU; bias and GELU join cuBLASLt's products, as a tuned program has it.
 FLAGS = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_cublaslt=true"

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import workers
 
-from dit_jax import flops
 from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, model_sizes
+from dit_jax.devices import peak_flops
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's autoencoder
 # Relative L2 error to plain float32. tf32 keeps three bits more than bfloat16: a margin of one is left.
@@ -156,7 +156,7 @@ def check(name: str, error: float, tolerance: float) -> dict[str, float]:
 
 def check_training(model: Any, process: Any, config: Config, params: Any, limit: float) -> dict[str, float]:
     """Errors of the loss and of its gradient against the plain path, on up to 4 images, at given draws."""
-    from dit_jax.models.dit import build_model
+    from dit_jax.models.create import build_model
 
     m, b = config.model, min(config.train.batch_size, 4)
     rng = np.random.default_rng(1)
@@ -226,7 +226,7 @@ def _median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def utilisation(flops_per_image: float, images_per_s: float, device_kind: str) -> dict[str, float]:
     """TFLOP/s, and the share of the device's bfloat16 peak where that is known."""
     achieved = flops_per_image * images_per_s
-    peak = flops.peak_flops(device_kind)
+    peak = peak_flops(device_kind)
     return {"tflops": achieved / 1e12} | ({"mfu": achieved / peak} if peak else {})
 
 

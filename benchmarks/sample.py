@@ -21,7 +21,6 @@ import numpy as np
 import workers
 from jax.sharding import Mesh
 
-from dit_jax import flops
 from dit_jax.generation.sampling import (
     SamplingOptions,
     make_latent_sampler,
@@ -29,7 +28,8 @@ from dit_jax.generation.sampling import (
     start_noise,
     unrolls,
 )
-from dit_jax.models.dit import build_model
+from dit_jax.models import cost
+from dit_jax.models.create import build_model
 
 STEPS_TO_CHECK = 4
 
@@ -159,7 +159,7 @@ def main() -> None:
         prepare = functools.partial(SIDES[args.side], args, config)
         return workers.serve(prepare, harness.environment)
     passes = args.steps * (2 if args.cfg_scale != 1.0 else 1)
-    per_image = 2.0 * flops.forward_macs(config) * passes
+    per_image = 2.0 * cost.forward_macs(config) * passes
     checked = args.peer == "torch" and args.only != "jax"
     harness.compare(args, workers.sides(args), args.batch_size, per_image, warmup=0, reference=checked)
 

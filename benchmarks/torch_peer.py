@@ -51,7 +51,7 @@ def torch_network(config: Config, params: Any = None) -> nn.Module:
     )
     if params is not None:
         from dit_jax.interop.official import state_dict_from_params
-        from dit_jax.models.dit import build_model
+        from dit_jax.models.create import build_model
 
         state = state_dict_from_params(params, build_model(config))
         network.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in state.items()})

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 import workers
 
-from dit_jax import flops
 from dit_jax.config import MeshConfig
+from dit_jax.models import cost
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
 
@@ -80,7 +80,7 @@ def reference(args: argparse.Namespace, path: pathlib.Path) -> tuple[dict[str, A
     """Weights, inputs, output and loss of our network in float32, for the peer's check."""
     from dit_jax.diffusion.create import create_process
     from dit_jax.interop.official import state_dict_from_params
-    from dit_jax.models.dit import build_model
+    from dit_jax.models.create import build_model
 
     config = harness.plain(harness.make_config(args))
     model, process, m = build_model(config), create_process(config.diffusion), config.model
@@ -166,7 +166,7 @@ def main() -> None:
     args = options()
     if args.side:
         return workers.serve(functools.partial(prepare, args), harness.environment)
-    per_image = flops.train_flops_per_image(harness.make_config(args))
+    per_image = cost.train_flops_per_image(harness.make_config(args))
     images = args.batch_size * args.steps_per_round
     checked = args.peer == "torch" and args.only != "jax"
     harness.compare(args, sides(args), images, per_image, reference=checked)

@@ -1,5 +1,7 @@
 """Strict test environment: 8 virtual CPU devices, no silent rank promotion, warnings are errors."""
 
+import dataclasses
+import functools
 import os
 import subprocess
 
@@ -9,7 +11,25 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from dit_jax.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    resolve,
+)
+from dit_jax.data.encode import prepare
+from dit_jax.data.encoders import Encoder, compile_encode
+from dit_jax.data.sources import ArraySource
+from dit_jax.training.program import build_program
+from dit_jax.training.sharding import batch_sharding, make_mesh
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", ".cache/jax")  # a second run of the tests compiles little
@@ -76,3 +96,109 @@ def small_disk(tmp_path):
     yield make
     for folder in mounted:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+# A tiny model, its config and a fake dataset of smooth latents, for whole runs.
+
+
+def tiny_config(**parts) -> Config:
+    """A resolved config of a 2-layer model on 8x8x4 latents; `model=dict(...)` and so on override.
+
+    Adam's eps is well above the rounding error of a gradient (1e-9): runs that add in another order would move
+    by steps of another sign where a gradient is zero but for rounding, as the keys' biases' is.
+    """
+    base = Config(
+        model=ModelConfig(
+            name="DiT-S/2",
+            depth=2,
+            hidden_size=32,
+            num_heads=2,
+            input_size=(8, 8),
+            num_classes=4,
+            mlp_ratio=2.0,
+        ),
+        diffusion=DiffusionConfig(num_timesteps=100),
+        data=DataConfig(mirror=True),
+        optim=OptimConfig(learning_rate=1e-3, eps=1e-6, grad_clip=1.0, weight_decay=0.01),
+        mesh=MeshConfig(),
+        train=TrainConfig(batch_size=16, steps=4, log_every=2, checkpoint_every=2, sample_every=0),
+    )
+    for group, values in parts.items():
+        base = dataclasses.replace(base, **{group: dataclasses.replace(getattr(base, group), **values)})
+    return resolve(base)
+
+
+def random_batch(step: int, size: int = 16, views: int = 2) -> dict[str, np.ndarray]:
+    """Moments (B, M, 8, 8, 8) and labels (B,) of one step, on the host."""
+    rng = np.random.default_rng(step)
+    mean = rng.normal(size=(size, views, 8, 8, 4))
+    std = rng.uniform(0.05, 0.1, size=(size, views, 8, 8, 4))
+    moments = np.concatenate([mean, std], axis=-1).astype(np.float16)
+    return {"moments": moments, "label": rng.integers(0, 4, size).astype(np.int32)}
+
+
+def run_steps(config: Config, num_devices: int, steps: int, state=None, first: int = 0):
+    """(final state, metrics of every step on the host, program) on that many devices."""
+    mesh = make_mesh(config.mesh, jax.devices()[:num_devices])
+    program = build_program(config, mesh, scaling_factor=0.5, shift_factor=0.1)
+    state = program.init() if state is None else state
+    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.state))
+    history = []
+    for step in range(first, first + steps):
+        batch = jax.device_put(random_batch(step, config.train.batch_size), batch_sharding(mesh))
+        state, metrics = program.step(state, batch)
+        history.append(jax.device_get(metrics))
+    return state, history, program
+
+
+def relative_difference(tree, reference) -> float:
+    """Largest |a - b| / |b| (norms) over the leaves."""
+
+    def difference(a, b):
+        a, b = np.asarray(a), np.asarray(b)
+        return np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-12)
+
+    return max(jax.tree.leaves(jax.tree.map(difference, tree, reference)))
+
+
+@functools.cache
+def one_device(conditioning: str):
+    """(first state on the host, state after 5 steps, metrics of each) on one device."""
+    config = tiny_config(model={"conditioning": conditioning})
+    start = jax.device_get(run_steps(config, 1, 0)[0])
+    return start, *run_steps(config, 1, 5, start)[:2]
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The helpers above as one object."""
+
+    class Tiny:
+        config = staticmethod(tiny_config)
+        batch = staticmethod(random_batch)
+        run = staticmethod(run_steps)
+        reference = staticmethod(one_device)
+        relative_difference = staticmethod(relative_difference)
+
+    return Tiny
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """Folder of a real dataset of 40 random 8x8x4 latents with mirrors and 4 classes."""
+
+    def encode(scale, images):  # (B, 16, 16, 3) -> mean and std (B, 8, 8, 4)
+        b = images.shape[0]
+        mean = scale * images[..., 0].reshape(b, 8, 2, 8, 2).swapaxes(2, 3).reshape(b, 8, 8, 4)
+        return mean, 0.1 + 0.01 * jnp.abs(mean)
+
+    encoder = Encoder(
+        vae="fake", vae_hash="f" * 64, backend="flax", precision="float32", scaling_factor=0.5, shift_factor=0.1,
+        factor=2, channels=4, devices=jax.local_device_count(), compile=compile_encode(encode, jnp.float32(2.0)),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 16, 16, 3), dtype=np.uint8)
+    source = ArraySource("random", images, rng.integers(0, 4, 40), ("a", "b", "c", "d"))
+    folder = tmp_path_factory.mktemp("latents") / "set"
+    prepare(source, encoder, folder, image_size=16, shard_size=16, batch_size=8)
+    return folder

@@ -26,10 +26,10 @@ from dit_jax.generation.sampling import (
     load_decoder,
     sampling_model,
 )
-from dit_jax.models.dit import build_model
+from dit_jax.models.create import build_model
 from dit_jax.pictures import save_grid
-from dit_jax.training.weights import load_weights
-from dit_jax.training.workdir import read_metadata
+from dit_jax.runs.weights import load_weights
+from dit_jax.runs.workdir import read_metadata
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _check_room(args: SampleArgs, out: str | None, run: Run, options: SamplingOp
 
 
 def _compile_for(args: SampleArgs, topology: str, options: SamplingOptions) -> int:
-    from dit_jax.training.compile_for import compile_sampling, print_report
+    from dit_jax.planning.compile_for import compile_sampling, print_report
 
     config = resolve(load(args.config)) if args.config else load_run(args.workdir).config
     check_sampling(build_model(config), config, options, np.zeros(1, np.int32))

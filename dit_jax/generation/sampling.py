@@ -28,7 +28,8 @@ from dit_jax.diffusion.guidance import classifier_free_guidance
 from dit_jax.diffusion.samplers import ddim_tables, sample_ddim, sample_ddpm, sample_keys, start_noise
 from dit_jax.generation.room import check_pictures
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
-from dit_jax.models.dit import DiT, build_model
+from dit_jax.models.create import build_model
+from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid, to_uint8
 from dit_jax.processes import all_fail_alike
 

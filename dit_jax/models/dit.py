@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dit_jax.config import Config, ConfigError
+from dit_jax.config import ConfigError
 from dit_jax.models.attention import resolve_attention
 from dit_jax.models.blocks import MODULATIONS, Block, split_batch, splits_inner_axes
 from dit_jax.models.embeddings import (
@@ -220,29 +220,3 @@ class DiT(nn.Module):
             raise ValueError(f"x has shape {x.shape}; expected (batch, {', '.join(map(str, expected))})")
         if self.num_classes > 0 and y is None:
             raise ValueError(f"y is missing; the model has {self.num_classes} classes")
-
-
-def build_model(config: Config, batch_sharding: Any = None) -> DiT:
-    """The network of a resolved config; `batch_sharding` as in `DiT`."""
-    m = config.model
-    assert m.patch_size and m.hidden_size and m.num_heads and m.depth
-    return DiT(
-        input_size=m.input_size,
-        patch_size=m.patch_size,
-        in_channels=m.in_channels,
-        hidden_size=m.hidden_size,
-        depth=m.depth,
-        num_heads=m.num_heads,
-        mlp_ratio=m.mlp_ratio,
-        num_classes=m.num_classes,
-        class_dropout_prob=m.class_dropout_prob,
-        learn_sigma=config.diffusion.learn_sigma,
-        conditioning=m.conditioning,
-        dtype=jnp.dtype(m.dtype),
-        quantization=m.quantization,
-        attention=m.attention,
-        norm_kernel=m.norm_kernel,
-        remat=m.remat,
-        unroll=m.unroll is True,  # what "auto" is in training; sampling has its own
-        batch_sharding=batch_sharding,
-    )

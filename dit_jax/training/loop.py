@@ -21,17 +21,12 @@ from dit_jax.data.loader import batches, check_memory
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import check_folder
 from dit_jax.processes import on_lead
-from dit_jax.training.checkpoint import Checkpoints, say
-from dit_jax.training.launch import StopSignal, TrainingDivergedError
-from dit_jax.training.logging import MetricsLog, Throughput
-from dit_jax.training.program import Program, build_program
-from dit_jax.training.room import check_room
-from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
-from dit_jax.training.snapshots import Snapshots
-from dit_jax.training.state import TrainState, zero_totals
-from dit_jax.training.step import summarise
-from dit_jax.training.weights import initial_weights
-from dit_jax.training.workdir import (
+from dit_jax.runs.checkpoint import Checkpoints, say
+from dit_jax.runs.log import MetricsLog
+from dit_jax.runs.snapshots import Snapshots
+from dit_jax.runs.state import TrainState, zero_totals
+from dit_jax.runs.weights import initial_weights
+from dit_jax.runs.workdir import (
     check_meta,
     check_workdir,
     dataset_fingerprint,
@@ -39,6 +34,12 @@ from dit_jax.training.workdir import (
     meta_of,
     write_description,
 )
+from dit_jax.training.launch import StopSignal, TrainingDivergedError
+from dit_jax.training.program import Program, build_program
+from dit_jax.training.room import check_room
+from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
+from dit_jax.training.step import summarise
+from dit_jax.training.throughput import Throughput
 
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices: batches wait in their memory
 

@@ -16,10 +16,12 @@ from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.models.attention import TOKENS_LAST, cudnn_serves, resolve_attention
-from dit_jax.models.dit import DiT, build_model
+from dit_jax.models.create import build_model
+from dit_jax.models.dit import DiT
+from dit_jax.runs.state import TrainState
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.sharding import asked, batch_sharding, check_batch, replicated, state_shardings
-from dit_jax.training.state import TrainState, init_state, make_state
+from dit_jax.training.state import init_state, make_state
 from dit_jax.training.step import Draw, draw_key, make_train_step
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
-from dit_jax import flops
 from dit_jax.config import Config, ConfigError
 from dit_jax.memory import device_memory
+from dit_jax.models import cost
 from dit_jax.training.program import Program
 from dit_jax.training.sharding import BATCH_AXES, bytes_per_device
 
@@ -34,7 +34,7 @@ def check_room(config: Config, program: Program) -> None:
     model = dataclasses.replace(config.model, remat="full")
     t, devices = config.train, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     images = t.batch_size // devices // program.microbatches
-    needed = images * flops.activation_bytes_per_image(dataclasses.replace(config, model=model))
+    needed = images * cost.activation_bytes_per_image(dataclasses.replace(config, model=model))
     if needed // mesh.shape["tensor"] > room:
         raise ConfigError(
             f"--train.batch-size is {t.batch_size}: {images} images at once, of {needed / 1e9:.1f} GB or more, "

@@ -22,10 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config
 from dit_jax.data.latents import draw_latents
 from dit_jax.diffusion.timesteps import sample_timesteps
+from dit_jax.runs.state import TrainState, zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate
 from dit_jax.training.sharding import BATCH_AXES
-from dit_jax.training.state import TrainState, zero_totals
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]

@@ -156,7 +156,7 @@ def test_the_peer_is_our_network():
     import torch
     import torch_peer
 
-    from dit_jax.models.dit import build_model
+    from dit_jax.models.create import build_model
 
     args = argparse.Namespace(
         model="DiT-S/2", depth=2, hidden_size=48, num_heads=4, latent_size=8, dtype="float32", attention="einsum",

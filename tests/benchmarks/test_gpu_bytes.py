@@ -3,7 +3,7 @@
 import pytest
 from gpu_bytes import moved_bytes
 
-from dit_jax.training.hlo import parse
+from dit_jax.planning.hlo import parse
 
 # A loop of 4 runs: a fusion cuts 8 of 32 numbers out and puts them elsewhere, a kernel reads and writes them.
 PROGRAM = """

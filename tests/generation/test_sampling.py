@@ -23,7 +23,7 @@ from dit_jax.generation.sampling import (
     unrolls,
 )
 from dit_jax.interop.diffusers import load_autoencoder_kl
-from dit_jax.models.dit import build_model
+from dit_jax.models.create import build_model
 
 CONFIG = resolve(
     Config(

@@ -18,10 +18,10 @@ from jax.sharding import (
 
 from dit_jax.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
 from dit_jax.models import fused_norm
-from dit_jax.models.dit import build_model
+from dit_jax.models.create import build_model
 from dit_jax.models.fused_norm import gate_residual_modulate
 from dit_jax.models.norms import add_gated
-from dit_jax.training import compile_for
+from dit_jax.planning import compile_for
 from dit_jax.training.sharding import batch_sharding, make_mesh
 
 TINY = ModelConfig(

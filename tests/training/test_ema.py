@@ -10,12 +10,13 @@ import pytest
 from scipy.integrate import quad
 
 from dit_jax.config import ConfigError, from_json
+from dit_jax.runs import averages as power
+from dit_jax.runs.checkpoint import CheckpointError
+from dit_jax.runs.snapshots import SnapshotArgs, Snapshots, main, reconstruct
+from dit_jax.runs.weights import load_weights
 from dit_jax.training import ema
-from dit_jax.training.checkpoint import CheckpointError
 from dit_jax.training.optimizer import make_optimizer
-from dit_jax.training.snapshots import SnapshotArgs, Snapshots, main, reconstruct
 from dit_jax.training.state import make_state
-from dit_jax.training.weights import load_weights
 
 
 def power_average(history, gamma):
@@ -30,7 +31,7 @@ def power_average(history, gamma):
 def test_all_averages_follow_their_recursions(tiny):
     config = tiny.config(optim={"ema_decay": 0.5, "ema_more": (0.9,), "ema_sigma_rel": (0.05, 0.2)})
     state = make_state({"w": {"bias": jnp.zeros(3)}}, make_optimizer(config), config)
-    assert len(state.ema) == ema.num_averages(config.optim) == 4
+    assert len(state.ema) == power.num_averages(config.optim) == 4
     rng = np.random.default_rng(0)
     history = rng.normal(size=(50, 3))
     averages = [jnp.zeros(3)] * 4
@@ -46,7 +47,7 @@ def test_all_averages_follow_their_recursions(tiny):
             expected = d * expected + (1 - d) * value
         np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-6)
     for average, width in zip(averages[2:], (0.05, 0.2), strict=True):
-        expected = power_average(history, ema.sigma_rel_to_gamma(width))
+        expected = power_average(history, power.sigma_rel_to_gamma(width))
         np.testing.assert_allclose(average, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -59,7 +60,9 @@ def test_rates_are_right_however_late(tiny, updates):
     n = np.float64(updates)
     exact = [1 - min(decay, (1 + n) / (10 + n)) for decay in (0.9999, 0.999999)]
     with np.errstate(divide="ignore"):
-        exact += [-np.expm1((ema.sigma_rel_to_gamma(width) + 1) * np.log1p(-1 / (n + 1))) for width in WIDTHS]
+        exact += [
+            -np.expm1((power.sigma_rel_to_gamma(width) + 1) * np.log1p(-1 / (n + 1))) for width in WIDTHS
+        ]
     np.testing.assert_allclose(ema.rates(config, jnp.asarray(updates)), exact, rtol=1e-6)
     np.testing.assert_allclose(ema.decays(config, jnp.asarray(updates)), 1 - np.asarray(exact), atol=1e-7)
 
@@ -78,7 +81,7 @@ def test_a_late_average_moves_as_far_as_in_float64(tiny):
         return jax.lax.scan(one, averages, first + jnp.arange(count))[0]
 
     found = run((jnp.zeros(()),) * 4)[1:]
-    gammas = np.asarray([ema.sigma_rel_to_gamma(width) for width in WIDTHS])
+    gammas = np.asarray([power.sigma_rel_to_gamma(width) for width in WIDTHS])
     # The product of all decays telescopes: what is left of the start.
     left = np.exp((gammas + 1) * (np.log(first) - np.log(first + count)))
     np.testing.assert_allclose(found, 1 - left, rtol=1e-3)
@@ -86,7 +89,7 @@ def test_a_late_average_moves_as_far_as_in_float64(tiny):
 
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.1, 0.25])
 def test_gamma_gives_the_width(sigma_rel):
-    gamma = ema.sigma_rel_to_gamma(sigma_rel)
+    gamma = power.sigma_rel_to_gamma(sigma_rel)
 
     def moment(k):  # of the weights (gamma + 1) tau^gamma on [0, 1]
         return quad(lambda tau: (gamma + 1) * tau ** (gamma + k), 0, 1)[0]
@@ -96,8 +99,8 @@ def test_gamma_gives_the_width(sigma_rel):
 
 def test_published_exponents():
     # EDM2, section 3.1: gamma 16.97 and 6.94 for widths of 5% and 10%.
-    assert ema.sigma_rel_to_gamma(0.05) == pytest.approx(16.97, abs=0.005)
-    assert ema.sigma_rel_to_gamma(0.10) == pytest.approx(6.94, abs=0.005)
+    assert power.sigma_rel_to_gamma(0.05) == pytest.approx(16.97, abs=0.005)
+    assert power.sigma_rel_to_gamma(0.10) == pytest.approx(6.94, abs=0.005)
 
 
 def test_product_of_weights_is_their_integral():
@@ -106,7 +109,7 @@ def test_product_of_weights_is_their_integral():
             lambda x, a=a, b=b, t_a=t_a, t_b=t_b: (a + 1) * x**a / t_a ** (a + 1) * (b + 1) * x**b / t_b ** (b + 1),
             0, min(t_a, t_b),
         )[0]  # fmt: skip
-        assert ema.profile_product(t_a, a, t_b, b) == pytest.approx(integral, rel=1e-8)
+        assert power.profile_product(t_a, a, t_b, b) == pytest.approx(integral, rel=1e-8)
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +140,11 @@ def trained(tiny, tmp_path_factory):
 @pytest.mark.parametrize("sigma_rel", [0.06, 0.075, 0.15, 0.2])
 def test_a_combination_of_many_snapshots_is_the_direct_average(sigma_rel):
     history = np.cumsum(np.random.default_rng(1).normal(size=4000)) * 0.1
-    gammas = [ema.sigma_rel_to_gamma(width) for width in (0.05, 0.1)]
+    gammas = [power.sigma_rel_to_gamma(width) for width in (0.05, 0.1)]
     times = [t for t in range(100, 4001, 100) for _ in gammas]
     stored = [power_average(history[:t], g) for t in range(100, 4001, 100) for g in gammas]
-    coefficients = ema.combination(times, gammas * 40, 4000, ema.sigma_rel_to_gamma(sigma_rel))
-    expected = power_average(history, ema.sigma_rel_to_gamma(sigma_rel))
+    coefficients = power.combination(times, gammas * 40, 4000, power.sigma_rel_to_gamma(sigma_rel))
+    expected = power_average(history, power.sigma_rel_to_gamma(sigma_rel))
     assert coefficients @ stored == pytest.approx(expected, abs=3e-3 * history.std())
 
 
@@ -150,7 +153,7 @@ def test_any_width_after_training(trained, sigma_rel):
     workdir, history, _ = trained
     params, step = reconstruct(workdir, sigma_rel)
     assert step == 2000
-    expected = power_average(history, ema.sigma_rel_to_gamma(sigma_rel))
+    expected = power_average(history, power.sigma_rel_to_gamma(sigma_rel))
     tolerance = 1e-5 if sigma_rel in (0.05, 0.1) else 0.02 * history.std()  # eight snapshots
     np.testing.assert_allclose(params["final_linear"]["kernel"], np.full((2, 2), expected), atol=tolerance)
 
@@ -158,7 +161,7 @@ def test_any_width_after_training(trained, sigma_rel):
 def test_the_average_can_end_earlier(trained):
     workdir, history, _ = trained
     params, step = reconstruct(workdir, 0.08, step=1500)
-    expected = power_average(history[:1500], ema.sigma_rel_to_gamma(0.08))
+    expected = power_average(history[:1500], power.sigma_rel_to_gamma(0.08))
     assert step == 1500
     np.testing.assert_allclose(
         params["final_linear"]["bias"], np.full(2, expected), atol=0.02 * history.std()
@@ -178,7 +181,7 @@ def test_the_command_writes_a_folder_to_sample_from(trained, tmp_path, capsys):
             "bias": jax.ShapeDtypeStruct((2,), jnp.float32, sharding=sharding),
         }
     }
-    expected = power_average(history, ema.sigma_rel_to_gamma(0.1))
+    expected = power_average(history, power.sigma_rel_to_gamma(0.1))
     for kind in ("ema", "params"):
         params, step = load_weights(out / "checkpoints", like, config, kind)
         assert step == 2000

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dit_jax.config import ConfigError
+from dit_jax.runs.checkpoint import CheckpointError, Checkpoints, find_damage
+from dit_jax.runs.log import MetricsLog, read_lines
 from dit_jax.training import loop
-from dit_jax.training.checkpoint import CheckpointError, Checkpoints, find_damage
 from dit_jax.training.launch import TrainingDivergedError
-from dit_jax.training.logging import MetricsLog, read_lines
 from dit_jax.training.loop import train
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dit_jax.config import ConfigError, load
+from dit_jax.runs.checkpoint import Checkpoints, file_checksums
+from dit_jax.runs.log import read_lines, truncate
 from dit_jax.training import loop
-from dit_jax.training.checkpoint import Checkpoints, file_checksums
-from dit_jax.training.logging import read_lines, truncate
 from dit_jax.training.loop import train
 from dit_jax.training.sharding import make_mesh
 
@@ -131,7 +131,7 @@ def test_a_contradicting_config_is_refused(config, latents, tmp_path):
 def test_two_runs_do_not_train_in_one_folder(config, tmp_path):
     c = config(steps=1)
     (tmp_path / "run").mkdir()
-    code = "import pathlib, sys; from dit_jax.training.workdir import hold\n"
+    code = "import pathlib, sys; from dit_jax.runs.workdir import hold\n"
     code += "with hold(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, tmp_path / "run"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dit_jax.config import to_json
-from dit_jax.training.checkpoint import find_damage
-from dit_jax.training.logging import read_lines
+from dit_jax.runs.checkpoint import find_damage
+from dit_jax.runs.log import read_lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from dit_jax.config import ConfigError
+from dit_jax.runs.workdir import check_same_run
 from dit_jax.training import loop
-from dit_jax.training.workdir import check_same_run
 
 
 def test_a_batch_beyond_memory_is_refused_before_anything_is_made(tiny, latents, tmp_path):

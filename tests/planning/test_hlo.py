@@ -2,7 +2,7 @@
 
 import pytest
 
-from dit_jax.training import hlo, timeline
+from dit_jax.planning import hlo, timeline
 
 MODULE = """\
 HloModule step, is_scheduled=true, num_partitions=8

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from dit_jax.training.hlo import (
+from dit_jax.planning.hlo import (
     COLLECTIVES,
     Instruction,
     Module,

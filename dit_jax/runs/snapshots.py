@@ -1,6 +1,6 @@
 """Snapshots of the power-function averages, and the average of any width made from them after training.
 
-    python -m dit_jax.training.snapshots --workdir runs/digits --sigma-rel 0.075 --out runs/digits-0.075
+    python -m dit_jax.runs.snapshots --workdir runs/digits --sigma-rel 0.075 --out runs/digits-0.075
 
 writes a folder that sample.py takes like any other run's.
 """
@@ -22,11 +22,11 @@ import tqdm
 
 from dit_jax.config import Config, ConfigError, run_config, to_json
 from dit_jax.files import check_folder
-from dit_jax.training import ema
-from dit_jax.training.checkpoint import CheckpointError, say
-from dit_jax.training.saving import Saver
-from dit_jax.training.state import TrainState
-from dit_jax.training.weights import save_weights
+from dit_jax.runs import averages
+from dit_jax.runs.checkpoint import CheckpointError, say
+from dit_jax.runs.saving import Saver
+from dit_jax.runs.state import TrainState
+from dit_jax.runs.weights import save_weights
 
 ITEMS = ("averages", "meta")
 
@@ -96,9 +96,9 @@ def reconstruct(workdir: pathlib.Path, sigma_rel: float, step: int | None = None
     steps = [s for s in steps if s <= step]
     metas = [manager.restore(s, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"] for s in steps]
     times = [meta["updates"] for meta in metas for _ in meta["sigma_rel"]]
-    gammas = [ema.sigma_rel_to_gamma(width) for meta in metas for width in meta["sigma_rel"]]
+    gammas = [averages.sigma_rel_to_gamma(width) for meta in metas for width in meta["sigma_rel"]]
     coefficients = iter(
-        ema.combination(times, gammas, metas[-1]["updates"], ema.sigma_rel_to_gamma(sigma_rel))
+        averages.combination(times, gammas, metas[-1]["updates"], averages.sigma_rel_to_gamma(sigma_rel))
     )
     total: Any = None
     for s in tqdm.tqdm(steps, unit="snapshot"):

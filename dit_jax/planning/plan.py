@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dit_jax import flops
 from dit_jax.config import Config
 from dit_jax.data.metadata import DataError, load_metadata
+from dit_jax.devices import peak_flops
+from dit_jax.models import cost
 from dit_jax.training.program import abstract_state
 from dit_jax.training.sharding import bytes_per_device, check_batch, make_mesh
 
@@ -33,7 +34,7 @@ def describe_plan(config: Config) -> str:
     }
     memory = {name: _device_bytes(tree) for name, tree in parts.items()}
     images = t.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]) // microbatches
-    memory[f"activations of {images} images"] = images * flops.activation_bytes_per_image(config)
+    memory[f"activations of {images} images"] = images * cost.activation_bytes_per_image(config)
     checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     device = jax.devices()[0]
     lines = [
@@ -41,7 +42,7 @@ def describe_plan(config: Config) -> str:
         "mesh            " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         + f", preset {config.mesh.preset}",
         f"batch           {t.batch_size} images: {images} on a device at once, {microbatches} time(s) per step",
-        f"parameters      {flops.parameter_count(config) / 1e6:.1f} M",
+        f"parameters      {cost.parameter_count(config) / 1e6:.1f} M",
         f"memory          {sum(memory.values()) / 1e9:.2f} GB per device, of which",
         *(f"                {size / 1e9:8.3f} GB {name}" for name, size in memory.items()),
         f"checkpoint      {checkpoint / 1e9:.2f} GB, {t.keep} newest and the best are kept",
@@ -74,13 +75,13 @@ def _dataset(config: Config) -> str:
 
 
 def _time(config: Config, num_devices: int, device: Any) -> str:
-    rate, how = flops.peak_flops(device.device_kind), "of the peak"
+    rate, how = peak_flops(device.device_kind), "of the peak"
     if rate is None:  # virtual CPU devices share one processor: its rate is that of all of them together
         rate, how = (
             _matmul_rate() / (num_devices if device.platform == "cpu" else 1),
             "of a measured matmul's rate",
         )
-    work = flops.train_flops_per_image(config) * config.train.batch_size
+    work = cost.train_flops_per_image(config) * config.train.batch_size
     seconds = work / (EXPECTED_MFU * rate * num_devices)
     return (
         f"about {seconds * config.train.steps / 3600:.2f} h for {config.train.steps} steps of {seconds:.3g} s, "

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.training.checkpoint import CheckpointError, Checkpoints, find_damage, steps_to_keep
-from dit_jax.training.state import TrainState
+from dit_jax.runs.checkpoint import CheckpointError, Checkpoints, find_damage, steps_to_keep
+from dit_jax.runs.state import TrainState
 
 META = {"config": {}, "dataset": "d"}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dit_jax.config import ConfigError
-from dit_jax.training.workdir import check_same_run, check_workdir
+from dit_jax.runs.workdir import check_same_run, check_workdir
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dit_jax.config import Config, ConfigError, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import write_whole
 from dit_jax.processes import on_lead
-from dit_jax.training.checkpoint import CheckpointError
+from dit_jax.runs.checkpoint import CheckpointError
 
 # Options that may change when a run goes on; any other makes it another run.
 HARMLESS = {

@@ -24,8 +24,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_pol
 
 from dit_jax.config import ConfigError
 from dit_jax.processes import on_lead
-from dit_jax.training.saving import Saver
-from dit_jax.training.state import TrainState
+from dit_jax.runs.saving import Saver
+from dit_jax.runs.state import TrainState
 
 CHECKSUMS = "checksums.json"
 ARRAYS = ("params", "ema", "rest")

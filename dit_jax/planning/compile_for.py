@@ -24,14 +24,15 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax import flops
 from dit_jax.config import Config, ConfigError
+from dit_jax.devices import peak_flops
+from dit_jax.models import cost
 from dit_jax.models.attention import resolve_attention
-from dit_jax.training import hlo, timeline
+from dit_jax.models.create import init_params
+from dit_jax.planning import hlo, timeline
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 from dit_jax.training.program import abstract_batch, build_program
 from dit_jax.training.sharding import bytes_per_device, make_mesh
-from dit_jax.training.state import init_params
 
 EXAMPLES = "v4:4x4x4, v5e:16x16, v5p:4x4x4 or v6e:16x16"
 
@@ -65,10 +66,10 @@ class Chip:
 
 
 CHIPS = (
-    Chip("v4", 32, 2 * 4 * 2 * 128 * 128, 9e10, flops.peak_flops("TPU v4") or 0),
-    Chip("v5e", 16, 4 * 2 * 128 * 128, 9e10, flops.peak_flops("TPU v5 lite") or 0),
-    Chip("v5p", 95, 2 * 4 * 2 * 128 * 128, 1.8e11, flops.peak_flops("TPU v5") or 0),
-    Chip("v6e", 32, 4 * 2 * 256 * 256, 1.8e11, flops.peak_flops("TPU v6 lite") or 0),
+    Chip("v4", 32, 2 * 4 * 2 * 128 * 128, 9e10, peak_flops("TPU v4") or 0),
+    Chip("v5e", 16, 4 * 2 * 128 * 128, 9e10, peak_flops("TPU v5 lite") or 0),
+    Chip("v5p", 95, 2 * 4 * 2 * 128 * 128, 1.8e11, peak_flops("TPU v5") or 0),
+    Chip("v6e", 32, 4 * 2 * 256 * 256, 1.8e11, peak_flops("TPU v6 lite") or 0),
 )
 
 
@@ -208,7 +209,7 @@ def compile_training(config: Config, topology: str) -> Report:
         mesh=dict(mesh.shape),
         images=images,
         arguments={name: _device_bytes(tree) for name, tree in parts.items()},
-        flops=flops.train_flops_per_image(config) * config.train.batch_size / mesh.size,
+        flops=cost.train_flops_per_image(config) * config.train.batch_size / mesh.size,
     )
 
 
@@ -218,7 +219,7 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
     options: a `dit_jax.generation.sampling.SamplingOptions`. The batch is filled up to a multiple of the chips.
     """
     from dit_jax.generation.sampling import batch_axes, make_latent_sampler
-    from dit_jax.models.dit import build_model
+    from dit_jax.models.create import build_model
 
     chip, devices = topology_devices(topology)
     config = _for_tpu(config, devices[0])
@@ -240,7 +241,7 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
         mesh=dict(mesh.shape),
         images=batch_size // mesh.size,
         arguments={"parameters": _device_bytes(params)},
-        flops=2.0 * flops.forward_macs(config) * passes * batch_size / mesh.size,
+        flops=2.0 * cost.forward_macs(config) * passes * batch_size / mesh.size,
     )
 
 

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dit_jax.config import ConfigError
 from dit_jax.generation.sampling import SamplingOptions
-from dit_jax.training import hlo, timeline
-from dit_jax.training.compile_for import (
+from dit_jax.planning import hlo, timeline
+from dit_jax.planning.compile_for import (
     compile_sampling,
     compile_training,
     describe,

@@ -15,11 +15,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dit_jax.config import Config, ConfigError, ModelConfig, run_config
-from dit_jax.models.dit import build_model
-from dit_jax.training.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
-from dit_jax.training.ema import num_averages
-from dit_jax.training.state import init_params
-from dit_jax.training.workdir import read_metadata
+from dit_jax.models.create import build_model
+from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
+from dit_jax.runs.averages import num_averages
+from dit_jax.models.create import init_params
+from dit_jax.runs.workdir import read_metadata
 
 Kind = Literal["ema", "params"]
 TABLE = "y_embed/embedding"

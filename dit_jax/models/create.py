@@ -1,0 +1,46 @@
+"""From the configuration to a network and its first parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dit_jax.config import Config
+from dit_jax.models.dit import DiT
+
+
+def build_model(config: Config, batch_sharding: Any = None) -> DiT:
+    """The network of a resolved config; `batch_sharding` as in `DiT`."""
+    m = config.model
+    assert m.patch_size and m.hidden_size and m.num_heads and m.depth
+    return DiT(
+        input_size=m.input_size,
+        patch_size=m.patch_size,
+        in_channels=m.in_channels,
+        hidden_size=m.hidden_size,
+        depth=m.depth,
+        num_heads=m.num_heads,
+        mlp_ratio=m.mlp_ratio,
+        num_classes=m.num_classes,
+        class_dropout_prob=m.class_dropout_prob,
+        learn_sigma=config.diffusion.learn_sigma,
+        conditioning=m.conditioning,
+        dtype=jnp.dtype(m.dtype),
+        quantization=m.quantization,
+        attention=m.attention,
+        norm_kernel=m.norm_kernel,
+        remat=m.remat,
+        unroll=m.unroll is True,  # what "auto" is in training; sampling has its own
+        batch_sharding=batch_sharding,
+    )
+
+
+def init_params(model: nn.Module, config: Config, key: jax.Array) -> Any:
+    """Fresh parameters of the network."""
+    m = config.model
+    x = jnp.zeros((1, *m.input_size, m.in_channels), jnp.float32)
+    zero = jnp.zeros((1,), jnp.int32)
+    return model.init(key, x, zero, zero)["params"]

@@ -15,10 +15,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dit_jax.config import Config, ConfigError, ModelConfig, run_config
-from dit_jax.models.create import build_model
-from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
+from dit_jax.models.create import build_model, init_params
 from dit_jax.runs.averages import num_averages
-from dit_jax.models.create import init_params
+from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
 from dit_jax.runs.workdir import read_metadata
 
 Kind = Literal["ema", "params"]

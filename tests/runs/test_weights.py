@@ -14,12 +14,11 @@ from dit_jax import processes
 from dit_jax.config import ConfigError, to_json
 from dit_jax.data.metadata import METADATA_FILE
 from dit_jax.generation.command import load_run
-from dit_jax.models.create import build_model
+from dit_jax.models.create import build_model, init_params
 from dit_jax.runs import checkpoint, snapshots
 from dit_jax.runs.checkpoint import CheckpointError
-from dit_jax.training.loop import train
-from dit_jax.models.create import init_params
 from dit_jax.runs.weights import load_weights, save_weights, shared_rows
+from dit_jax.training.loop import train
 
 
 @pytest.fixture(scope="module")

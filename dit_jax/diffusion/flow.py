@@ -12,17 +12,18 @@ B batch, H height, W width, C channels of the latent. x is (B, H, W, C) float32,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from dit_jax.diffusion import predictions
-from dit_jax.diffusion.gaussian import DenoiseFn
 from dit_jax.diffusion.losses import mean_flat
 from dit_jax.diffusion.paths import PATHS, PathName, point
 from dit_jax.diffusion.predictions import PREDICTIONS, Point, Prediction
+from dit_jax.diffusion.process import DenoiseFn, Process
+from dit_jax.diffusion.times import TimeDistribution
 
 Array = jax.Array
 LossWeight = Literal["velocity", "likelihood"]
@@ -30,7 +31,7 @@ DiffusionForm = Literal["constant", "sbdm", "sigma", "linear", "decreasing", "in
 
 
 @dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Process):
     """A path between noise and data and what the network predicts on it; `create` fills in the margins of time."""
 
     path: PathName = "linear"
@@ -49,6 +50,8 @@ class FlowMatching:
     """The network is shown this times t: 1 in SiT, 1000 in SD3."""
     time_direction: Literal["to_data", "to_noise"] = "to_data"
     """Whether the network is shown t, or 1 - t and predicts the velocity towards the noise, as SD3 and REPA do."""
+    times: TimeDistribution = field(default_factory=TimeDistribution)
+    """What training draws its times from, before they are mapped to `training_interval`."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -78,7 +81,22 @@ class FlowMatching:
         margins = {"train_eps": 1e-5 if path == "vp" else margin, "sample_eps": margin}
         return cls(path, prediction, loss_weight, **(margins | options))
 
+    @property
+    def predicts(self) -> Prediction:
+        """`prediction`."""
+        return self.prediction
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Terms of `training_losses`."""
+        return ("loss", "mse") if self.cosine_weight == 0 else ("loss", "mse", "cosine")
+
     # ---------------------------------------------------------------------------------------------- time
+
+    def training_times(self, key: Array, n: int) -> Array:
+        """n times, (n,) float32, of the distribution over `training_interval`."""
+        low, high = self.training_interval()
+        return low + (high - low) * self.times.draw(key, n)
 
     def training_interval(self) -> tuple[float, float]:
         """The times that training draws from."""
@@ -107,23 +125,27 @@ class FlowMatching:
         """What the network is shown at time t."""
         return self.time_scale * (t if self.time_direction == "to_data" else 1 - t)
 
+    def noise_level(self, t: Array) -> Array:
+        """sigma / (alpha + sigma), which is 1 - t on the linear path."""
+        p = point(self.path, jnp.asarray(t))
+        return p.sigma / (p.alpha + p.sigma)
+
     # -------------------------------------------------------------------------------------------- process
 
-    def at(self, t: Array, like: Array) -> Point:
+    def levels(self, t: Array, like: Array) -> Point:
         """Levels and derivatives at times t (B,), shaped to multiply `like`."""
         return point(self.path, t.reshape(t.shape + (1,) * (like.ndim - t.ndim)))
 
     def q_sample(self, x1: Array, t: Array, noise: Array) -> Array:
         """x_t of clean latents and noise."""
-        p = self.at(t, x1)
+        p = self.levels(t, x1)
         return p.alpha * x1 + p.sigma * noise
 
     def target_velocity(self, x1: Array, t: Array, noise: Array) -> Array:
         """The derivative of x_t by t."""
-        p = self.at(t, x1)
-        return p.d_alpha * x1 + p.d_sigma * noise
+        return predictions.target("velocity", x1, noise, self.levels(t, x1))
 
-    def denoise(self, denoise_fn: DenoiseFn, x: Array, t: Array) -> Array:
+    def predict(self, denoise_fn: DenoiseFn, x: Array, t: Array) -> Array:
         """The network's prediction (B, H, W, C) float32 at times t (B,), in our direction of time."""
         output = denoise_fn(x, self.shown_time(t))[..., : x.shape[-1]].astype(jnp.float32)
         if output.shape != x.shape:
@@ -146,17 +168,10 @@ class FlowMatching:
 
         denoise_fn(x_t, shown time) -> the prediction. x1: clean latents. t: times in `training_interval`.
         """
-        p, x_t = self.at(t, x1), self.q_sample(x1, t, noise)
-        output = self.denoise(denoise_fn, x_t, t)
-        if self.prediction == "velocity":
-            target = self.target_velocity(x1, t, noise)
-            error = output - target
-        elif self.prediction == "x0":
-            target, error = x1, output - x1
-        elif self.prediction == "noise":
-            target, error = noise, output - noise
-        else:
-            target, error = -noise / p.sigma, output * p.sigma + noise
+        p, x_t = self.levels(t, x1), self.q_sample(x1, t, noise)
+        output = self.predict(denoise_fn, x_t, t)
+        target = predictions.target(self.prediction, x1, noise, p)
+        error = output * p.sigma + noise if self.prediction == "score" else output - target
         mse = mean_flat(self._weight(p) * jnp.square(error))
         if self.cosine_weight == 0:
             return {"loss": mse, "mse": mse}

@@ -12,7 +12,6 @@ t is (B,) int32, a step of *this* process, 0 (least noise) to T - 1; the network
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -21,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.diffusion import predictions
 from dit_jax.diffusion.losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from dit_jax.diffusion.predictions import Point, Prediction
+from dit_jax.diffusion.process import DenoiseFn, Process
 from dit_jax.diffusion.schedules import make_betas
-from dit_jax.diffusion.timesteps import space_timesteps
+from dit_jax.diffusion.timesteps import sample_timesteps, space_timesteps
 
-DenoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
-"""(x_t (B, H, W, C), original timesteps (B,)) -> the network's output (B, H, W, C or 2C)."""
+# The published names of what is predicted. Salimans & Ho's v is the velocity of a quarter of a circle.
+PREDICTS: dict[str, Prediction] = {"epsilon": "noise", "x0": "x0", "v": "velocity"}
 
 
 class ReverseDistribution(NamedTuple):
@@ -39,7 +41,7 @@ class ReverseDistribution(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     """A diffusion process over given betas; `create` builds one by the names of the published options.
 
     Compared and hashed by identity, so one process can be a static argument of jit.
@@ -61,7 +63,7 @@ class GaussianDiffusion:
     def __post_init__(self) -> None:
         for name, choices in (
             ("loss", ("mse", "rescaled_mse", "kl", "rescaled_kl")),
-            ("prediction", ("epsilon", "x0", "v")),
+            ("prediction", tuple(PREDICTS)),
             ("sigma", ("fixed_small", "fixed_large")),
         ):
             if getattr(self, name) not in choices:
@@ -101,6 +103,16 @@ class GaussianDiffusion:
         alphas_cumprod_prev = np.append(1.0, alphas_cumprod[kept[:-1]])
         betas = 1 - alphas_cumprod[kept] / alphas_cumprod_prev
         return cls(betas, kept, learn_sigma, loss, prediction, sigma)
+
+    @property
+    def predicts(self) -> Prediction:
+        """`prediction` by its name in `predictions`."""
+        return PREDICTS[self.prediction]
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Terms of `training_losses`, of any of its kinds."""
+        return ("loss", "mse", "vb")
 
     # ------------------------------------------------------------------------------ tables, (T,) float64
 
@@ -150,14 +162,35 @@ class GaussianDiffusion:
             raise IndexError(f"t is {np.asarray(t).tolist()}; expected steps from 0 to {steps - 1}")
         return jnp.asarray(t)
 
+    # --------------------------------------------------------------------------------------------- times
+
+    def training_times(self, key: jax.Array, n: int) -> jax.Array:
+        """n steps, each as likely as any other, (n,) int32."""
+        return sample_timesteps(key, n, self.num_timesteps)
+
+    def shown_time(self, t: jax.Array) -> jax.Array:
+        """The original timestep of step t."""
+        # A traced t out of range is clipped here, and shows as NaN where the output meets the tables.
+        return jnp.asarray(self.timestep_map).at[t].get(mode="clip")
+
+    def noise_level(self, t: jax.Array) -> jax.Array:
+        """t / T, from a table: a compiler may divide with an error, and t T / 4 begins a quarter of the log."""
+        return self.at(np.arange(self.num_timesteps) / self.num_timesteps, t, t)
+
+    def levels(self, t: jax.Array, like: jax.Array) -> Point:
+        """Roots of alphas_cumprod and its rest; their derivatives are by the angle of the circle that they lie on."""
+        alpha = self.at(np.sqrt(self.alphas_cumprod), t, like)
+        sigma = self.at(np.sqrt(1 - self.alphas_cumprod), t, like)
+        return Point(alpha, sigma, -sigma, alpha)
+
     # ---------------------------------------------------------------------------------- forward process
 
     def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         """x_t drawn from q(x_t | x_0) with the given standard normal noise (arXiv 2006.11239, eq. 4)."""
         if noise.shape != x0.shape:
             raise ValueError(f"noise has shape {noise.shape}; expected that of x0, {x0.shape}")
-        signal = self.at(np.sqrt(self.alphas_cumprod), t, x0)
-        return signal * x0 + self.at(np.sqrt(1 - self.alphas_cumprod), t, x0) * noise
+        p = self.levels(t, x0)
+        return p.alpha * x0 + p.sigma * noise
 
     def q_posterior_mean_variance(
         self, x0: jax.Array, x_t: jax.Array, t: jax.Array
@@ -177,24 +210,19 @@ class GaussianDiffusion:
 
     def denoise(self, denoise_fn: DenoiseFn, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The network's output at step t of this process; it is called with original timesteps."""
-        t = self._checked(t, x_t.shape[0])
-        # A traced t out of range is clipped here, and shows as NaN where the output meets the tables.
-        return denoise_fn(x_t, jnp.asarray(self.timestep_map).at[t].get(mode="clip"))
+        return denoise_fn(x_t, self.shown_time(self._checked(t, x_t.shape[0])))
+
+    def predict(self, denoise_fn: DenoiseFn, x: jax.Array, t: jax.Array) -> jax.Array:
+        """The network's prediction (B, H, W, C) float32 at step t, without what it says of the variance."""
+        return self._split(self.denoise(denoise_fn, x, t), x)[0]
 
     def predict_xstart(self, prediction: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """x0 from the network's first C channels, whichever `prediction` they are."""
-        ac = self.alphas_cumprod
-        if self.prediction == "x0":
-            return prediction
-        if self.prediction == "v":
-            return self.at(np.sqrt(ac), t, x_t) * x_t - self.at(np.sqrt(1 - ac), t, x_t) * prediction
-        return self.at(np.sqrt(1 / ac), t, x_t) * x_t - self.at(np.sqrt(1 / ac - 1), t, x_t) * prediction
+        return predictions.to_x0(self.predicts, prediction, x_t, self.levels(t, x_t))
 
     def predict_eps(self, pred_xstart: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """The noise that leads from pred_xstart to x_t."""
-        ac = self.alphas_cumprod
-        difference = self.at(np.sqrt(1 / ac), t, x_t) * x_t - pred_xstart
-        return difference / self.at(np.sqrt(1 / ac - 1), t, x_t)
+        return predictions.to_noise("x0", pred_xstart, x_t, self.levels(t, x_t))
 
     def p_mean_variance(
         self, model_output: jax.Array, x_t: jax.Array, t: jax.Array, clip_denoised: bool = False
@@ -263,7 +291,8 @@ class GaussianDiffusion:
             vb = self.vb_terms(output, x0, x_t, t)
             return {"loss": vb * self.num_timesteps if self.loss == "rescaled_kl" else vb, "vb": vb}
         prediction, fraction = self._split(output, x0)
-        mse = mean_flat(jnp.square(self._target(x0, t, noise) - prediction))
+        target = predictions.target(self.predicts, x0, noise, self.levels(t, x0))
+        mse = mean_flat(jnp.square(target - prediction))
         if fraction is None:
             return {"loss": mse, "mse": mse}
         frozen = jnp.concatenate([jax.lax.stop_gradient(prediction), fraction], axis=-1)
@@ -271,11 +300,3 @@ class GaussianDiffusion:
         if self.loss == "rescaled_mse":
             vb = vb * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
-
-    def _target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-        if self.prediction == "x0":
-            return x0
-        if self.prediction == "epsilon":
-            return noise
-        ac = self.alphas_cumprod
-        return self.at(np.sqrt(ac), t, x0) * noise - self.at(np.sqrt(1 - ac), t, x0) * x0

@@ -5,21 +5,17 @@ B batch, H height, W width, C channels of the latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion.gaussian import DenoiseFn
-
-ConditionalDenoiseFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""(x (B, H, W, C), original timesteps (B,), labels (B,)) -> the network's output (B, H, W, C or 2C)."""
+from dit_jax.diffusion.process import DenoiseFn, Network
 
 
 def classifier_free_guidance(
-    denoise_fn: ConditionalDenoiseFn,
+    denoise_fn: Network,
     y: jax.Array,
     null_label: int,
     scale: float | jax.Array,

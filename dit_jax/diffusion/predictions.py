@@ -30,6 +30,17 @@ class Point(NamedTuple):
         return self.alpha * self.d_sigma - self.sigma * self.d_alpha
 
 
+def target(kind: Prediction, x0: Any, eps: Any, p: Point) -> Any:
+    """The prediction of this kind that is right for x = alpha x0 + sigma eps."""
+    if kind == "x0":
+        return x0
+    if kind == "noise":
+        return eps
+    if kind == "score":
+        return -eps / p.sigma
+    return p.d_alpha * x0 + p.d_sigma * eps
+
+
 def to_noise(kind: Prediction, output: Any, x: Any, p: Point) -> Any:
     """eps from a prediction of this kind at x."""
     if kind == "noise":

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion.gaussian import DenoiseFn, GaussianDiffusion
+from dit_jax.diffusion.gaussian import GaussianDiffusion
+from dit_jax.diffusion.process import DenoiseFn
 
 # Folded into a sample's key for its start noise; step s folds in s, which never gets there.
 _START = np.uint32(0xFFFF_FFFF)

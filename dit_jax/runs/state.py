@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -37,8 +38,11 @@ class TrainState:
     totals: dict[str, jax.Array]
 
 
-def zero_totals() -> dict[str, jax.Array]:
-    """Sums over no steps. `loss_sum` and `loss_count` have one entry per quarter of the timesteps."""
-    names = ("steps", "skipped", "loss", "mse", "vb", "grad_norm", "learning_rate")
+def zero_totals(loss_names: Sequence[str] = ("loss",)) -> dict[str, jax.Array]:
+    """Sums over no steps; `loss_names` are the process's.
+
+    `loss_sum` and `loss_count` have one entry per quarter of the noise levels, the least noise first.
+    """
+    names = ("steps", "skipped", *loss_names, "grad_norm", "learning_rate")
     totals = {name: jnp.zeros((), jnp.float32) for name in names}
     return totals | {"loss_sum": jnp.zeros(4, jnp.float32), "loss_count": jnp.zeros(4, jnp.float32)}

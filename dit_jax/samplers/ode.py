@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion.flow import FlowMatching
-from dit_jax.diffusion.gaussian import DenoiseFn
+from dit_jax.diffusion.process import DenoiseFn
 from dit_jax.samplers.grid import Times, check_steps, times_at
 
 Array = jax.Array
@@ -38,7 +38,7 @@ def sample_ode(
 
     def velocity(x: Array, at: Times) -> Array:
         t = jnp.broadcast_to(at.t, x.shape[:1])
-        return process.velocity(process.denoise(denoise_fn, x, t), x, at.point)
+        return process.velocity(process.predict(denoise_fn, x, t), x, at.point)
 
     def step(x: Array, inputs: tuple[Times, Times, Array]) -> tuple[Array, Array | None]:
         here, there, dt = inputs

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion.flow import DiffusionForm, FlowMatching, diffusion_coefficient
-from dit_jax.diffusion.gaussian import DenoiseFn
 from dit_jax.diffusion.paths import point
 from dit_jax.diffusion.predictions import Point
+from dit_jax.diffusion.process import DenoiseFn
 from dit_jax.diffusion.samplers import keys_for, step_noise_at
 from dit_jax.samplers.grid import Times, check_steps, times_at
 
@@ -54,7 +54,7 @@ def sample_sde(
     dt = (end_time - start_time) / (steps - 1)
 
     def evaluate(x: Array, at: Times) -> Array:
-        return process.denoise(denoise_fn, x, jnp.broadcast_to(at.t, x.shape[:1]))
+        return process.predict(denoise_fn, x, jnp.broadcast_to(at.t, x.shape[:1]))
 
     def drift(x: Array, at: Times, w: Array) -> Array:
         output = evaluate(x, at)

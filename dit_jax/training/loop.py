@@ -141,7 +141,8 @@ class Run:
         # Once a line, not once a step: it reads all parameters.
         param_norm = jax.jit(optax.tree.norm, out_shardings=replicated(self.mesh))
         # Compiled: jax.device_put onto devices of several processes makes an array of too many shards.
-        no_totals = jax.jit(zero_totals, out_shardings=replicated(self.mesh))
+        names = self.program.process.loss_names
+        no_totals = jax.jit(lambda: zero_totals(names), out_shardings=replicated(self.mesh))
         in_flight: collections.deque[Any] = collections.deque()
         with (
             contextlib.closing(data), bar, MetricsLog(self.workdir, step) as log,

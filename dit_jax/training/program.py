@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
+from dit_jax.diffusion.process import Process
 from dit_jax.models.attention import TOKENS_LAST, cudnn_serves, resolve_attention
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
@@ -38,7 +39,7 @@ class Program:
     """
 
     model: DiT
-    process: Any
+    process: Process
     optimizer: optax.GradientTransformation
     mesh: Mesh
     state: TrainState

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dit_jax.config import Config
+from dit_jax.diffusion.create import create_process
 from dit_jax.models.create import init_params
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.state import Params, TrainState, zero_totals
@@ -24,7 +25,7 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, config: 
         skipped=zero,
         bad_streak=zero,
         data_offset=zero,
-        totals=zero_totals(),
+        totals=zero_totals(create_process(config.diffusion).loss_names),
     )
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config
 from dit_jax.data.latents import draw_latents
-from dit_jax.diffusion.timesteps import sample_timesteps
+from dit_jax.diffusion.process import Process
 from dit_jax.runs.state import TrainState, zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate
@@ -53,23 +53,29 @@ def drop_labels(key: jax.Array, labels: jax.Array, num_classes: int, probability
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
 
 
-def make_loss(model: nn.Module, process: Any) -> Callable[..., tuple[jax.Array, Metrics]]:
+def make_loss(model: nn.Module, process: Process) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The loss `(params, inputs) -> (mean over the batch, metrics)` of what a step draws."""
 
     def loss_fn(params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        def denoise_fn(x: jax.Array, t: jax.Array) -> Any:
-            return model.apply({"params": params}, x, t, inputs["label"])
+        def network(x: jax.Array, t: jax.Array, label: Any) -> Any:
+            return model.apply({"params": params}, x, t, label)
 
-        terms = process.training_losses(denoise_fn, inputs["x0"], inputs["t"], inputs["noise"])
-        quarter = jax.nn.one_hot(inputs["t"] * 4 // process.num_timesteps, 4)  # (B, 4)
+        t = inputs["t"]
+        terms = process.losses(network, inputs["x0"], t, inputs["noise"], inputs["label"])
+        quarter = jax.nn.one_hot(quarter_of(process.noise_level(t)), 4)  # (B, 4)
         metrics = {
-            name: terms[name].mean() if name in terms else jnp.zeros(()) for name in ("loss", "mse", "vb")
+            name: terms[name].mean() if name in terms else jnp.zeros(()) for name in process.loss_names
         }
         metrics["loss_sum"] = terms["loss"] @ quarter
         metrics["loss_count"] = quarter.sum(axis=0)
         return metrics["loss"], metrics
 
     return loss_fn
+
+
+def quarter_of(noise_level: jax.Array) -> jax.Array:
+    """Which quarter of 0 to 1 each level (B,) lies in, (B,) int32 from 0 to 3."""
+    return jnp.minimum((4 * noise_level).astype(jnp.int32), 3)
 
 
 Gradients = Callable[[Any, dict[str, jax.Array]], tuple[Any, Metrics]]
@@ -175,7 +181,7 @@ def make_split(mesh: Mesh | None) -> Callable[..., Any]:
 
 
 def make_draws(
-    config: Config, process: Any, scaling_factor: float, shift_factor: float
+    config: Config, process: Process, scaling_factor: float, shift_factor: float
 ) -> Callable[[Batch, jax.Array], dict[str, jax.Array]]:
     """`(batch, step) -> the network's inputs for the global batch`: clean latents, time, noise, labels."""
     m, seed = config.model, config.train.seed
@@ -183,7 +189,7 @@ def make_draws(
     def draw(batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
         key = {purpose: draw_key(seed, step, purpose) for purpose in Draw}
         x0 = draw_latents(batch, key[Draw.LATENT], scaling_factor, shift_factor, config.data.mirror)
-        t = sample_timesteps(key[Draw.TIME], x0.shape[0], process.num_timesteps)
+        t = process.training_times(key[Draw.TIME], x0.shape[0])
         noise = jax.random.normal(key[Draw.NOISE], x0.shape, x0.dtype)
         label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
         return {"x0": x0, "t": t, "noise": noise, "label": label}
@@ -192,7 +198,7 @@ def make_draws(
 
 
 def gradients_on(
-    mesh: Mesh | None, model: nn.Module, process: Any, microbatches: int, grad_shardings: Any
+    mesh: Mesh | None, model: nn.Module, process: Process, microbatches: int, grad_shardings: Any
 ) -> Callable[..., tuple[Any, Metrics]]:
     """`make_gradients` of the network's loss, added over the devices of the mesh as seldom as their memory allows."""
     if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
@@ -205,7 +211,7 @@ def gradients_on(
 
 def make_train_step(
     model: nn.Module,
-    process: Any,
+    process: Process,
     optimizer: optax.GradientTransformation,
     config: Config,
     *,
@@ -273,8 +279,8 @@ def summarise(totals: dict[str, Any]) -> dict[str, float]:
     steps = float(totals["steps"])
     if steps == 0:
         return line
-    sums = ("steps", "skipped", "loss_sum", "loss_count")
-    line |= {name: float(totals[name]) / steps for name in zero_totals() if name not in sums}
+    terms = sorted(totals.keys() - zero_totals(()).keys(), key=lambda name: (name != "loss", name))
+    line |= {name: float(totals[name]) / steps for name in (*terms, "grad_norm", "learning_rate")}
     for i in range(4):
         count = float(totals["loss_count"][i])
         if count > 0:

@@ -82,7 +82,7 @@ def test_the_velocity_weight_is_the_error_of_the_velocity(path, kind):
     t = jnp.asarray([0.2, 0.4, 0.6, 0.8])
     process = FlowMatching.create(path, kind, "velocity")
     loss = process.training_losses(lambda x, t: wrong, x1, t, x0)["loss"]
-    p = process.at(t, x1)
+    p = process.levels(t, x1)
     x_t = process.q_sample(x1, t, x0)
     error = process.velocity(wrong, x_t, p) - process.target_velocity(x1, t, x0)
     np.testing.assert_allclose(loss, jnp.mean(error**2, axis=(1, 2, 3)), rtol=2e-4)

@@ -69,7 +69,7 @@ def exact(process):
     """The network that is right for data from N(MEAN, STD^2): E[v | x]."""
 
     def network(x, t):
-        p = process.at(t, x)
+        p = process.levels(t, x)
         variance = p.alpha**2 * STD**2 + p.sigma**2
         noise = p.sigma * (x - p.alpha * MEAN) / variance
         x0 = MEAN + p.alpha * STD**2 * (x - p.alpha * MEAN) / variance

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
+from dit_jax.conditions import Condition
 from dit_jax.data.latents import LatentDataset
 from dit_jax.data.metadata import METADATA_FILE, DataError, LatentMetadata
 from dit_jax.pictures import save_grid, to_uint8
@@ -38,7 +39,7 @@ def check(dataset: LatentDataset) -> None:
         for start in range(0, m.count, CHUNK):
             rows = np.arange(start, min(start + CHUNK, m.count))
             batch = dataset.read(rows)
-            _check_records(rows, batch["moments"], batch["label"], m)
+            _check_records(rows, batch["moments"], m.condition.of(batch), m)
             mean, std = np.split(batch["moments"].astype(np.float64), 2, axis=-1)
             sums += [np.sum(value, axis=(0, 1, 2, 3)) for value in (mean, mean**2, std**2)]
             bar.update(len(rows))
@@ -48,13 +49,13 @@ def check(dataset: LatentDataset) -> None:
             raise DataError(f"latent_{name} of the records is {found.tolist()}, not as {METADATA_FILE} says")
 
 
-def _check_records(rows: np.ndarray, moments: np.ndarray, labels: np.ndarray, m: LatentMetadata) -> None:
+def _check_records(rows: np.ndarray, moments: np.ndarray, condition: Condition, m: LatentMetadata) -> None:
     numbers = moments.reshape(len(rows), -1)
     std = np.split(moments, 2, axis=-1)[1].reshape(len(rows), -1)
     for what, good in (
         ("moments that are not finite", np.isfinite(numbers).all(axis=1)),
         ("a negative standard deviation", (std >= 0).all(axis=1)),
-        (f"a label outside 0..{max(1, m.num_classes) - 1}", (labels >= 0) & (labels < max(1, m.num_classes))),
+        (f"a label outside 0..{max(1, m.num_classes) - 1}", m.condition.fits(condition)),
     ):
         if not good.all():
             raise DataError(f"record {rows[np.argmin(good)]} has {what}")

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax.conditions import Condition, condition_of
 from dit_jax.config import Config, ConfigError
 from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, parse, shard_name
 from dit_jax.processes import on_lead
@@ -33,6 +34,7 @@ class LatentDataset:
         self.directory = pathlib.Path(directory)
         self.metadata: LatentMetadata = load_metadata(directory)
         m = self.metadata
+        self.condition = m.condition
         self.shards = [self.directory / shard_name(i, m.num_shards) for i in range(m.num_shards)]
         for shard, size in zip(self.shards, m.shard_bytes, strict=True):
             found = shard.stat().st_size if shard.is_file() else "no file"
@@ -65,7 +67,7 @@ class LatentDataset:
         return int(np.prod(self.record_shape)) * np.dtype(self.metadata.dtype).itemsize
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """`moments` (n, M, h, w, 2c), mean then std, and `label` (n,) int32, of these records in this order.
+        """`moments` (n, M, h, w, 2c), mean then std, and the condition's arrays, of these records in this order.
 
         Raises IndexError for an index outside the set and DataError for a damaged record.
         """
@@ -76,23 +78,24 @@ class LatentDataset:
         stored = int(np.prod(m.moments_shape)) * np.dtype(m.dtype).itemsize
         moments = np.empty((len(rows), *self.record_shape), m.dtype)
         flat = moments.reshape(len(rows), -1)
-        labels = np.empty(len(rows), np.int32)
-        for row, (_, label, data) in self._records(rows):
+        condition = self.condition.empty(len(rows))
+        for row, (_, values, data) in self._records(rows):
             if len(data) != stored:
                 raise DataError(
                     f"record {rows[row]} of {self.directory} has {len(data)} bytes of moments; "
                     f"expected {stored} for {m.moments_shape} {m.dtype}"
                 )
             flat[row] = np.frombuffer(data, m.dtype, flat.shape[1])
-            labels[row] = label
-        return {"moments": moments, "label": labels}
+            for name, array in condition.items():
+                array[row] = values[name]
+        return {"moments": moments, **condition}
 
     def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The source ids of these records."""
         found = dict(self._records(np.asarray(indices, np.int64)))
         return [os.fsdecode(found[row][0]) for row in range(len(found))]
 
-    def _records(self, rows: np.ndarray) -> Iterator[tuple[int, tuple[bytes, int, bytes]]]:
+    def _records(self, rows: np.ndarray) -> Iterator[tuple[int, tuple[bytes, Condition, bytes]]]:
         """(place in rows, parsed record), shard by shard."""
         order = np.argsort(rows, kind="stable")  # by shard, and forwards within each
         bounds = np.searchsorted(rows[order], np.concatenate([[0], self._ends]))
@@ -101,7 +104,7 @@ class LatentDataset:
             first = self._ends[shard] - self.metadata.shard_counts[shard]
             records = self._read_shard(shard, rows[where] - first)
             for row, record in zip(where.tolist(), records, strict=True):
-                yield row, parse(record)
+                yield row, parse(record, self.condition.fields)
 
     def _read_shard(self, shard: int, positions: np.ndarray) -> Sequence[bytes]:
         try:
@@ -184,11 +187,7 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
             f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; "
             f"--model.input-size and --model.in-channels say {(*model.input_size, model.in_channels)}"
         )
-    if model.num_classes not in (0, metadata.num_classes):
-        raise ConfigError(
-            f"{where} has {metadata.num_classes} classes; --model.num-classes says {model.num_classes}"
-            + (" (0 trains without labels)" if metadata.num_classes == 0 else "")
-        )
+    condition_of(model).check_data(metadata.condition, where)
     if config.data.mirror and not metadata.mirrors:
         raise ConfigError(
             f"{where} holds no mirror images; set --data.no-mirror, or prepare it again with --mirrors"

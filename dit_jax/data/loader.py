@@ -134,7 +134,7 @@ def batches(
     cache: Cache = "none",
     workers: int = 0,
 ) -> Generator[Batch]:
-    """Endless batches from `start_step` on: `moments` (B, M, h, w, 2c) and `label` (B,) int32, global arrays.
+    """Endless batches from `start_step` on: `moments` (B, M, h, w, 2c) and the condition, global arrays.
 
     sharding splits the batch axis; each process reads only the rows of its own devices. cache holds the whole
     set in host memory ("ram") or on every device ("device"). workers: threads that read ahead, 0 chosen by
@@ -276,7 +276,7 @@ class _InMemory:
         chunk = max(1, 2**24 // dataset.record_bytes)
         self.data = {
             "moments": np.empty((len(dataset), *dataset.record_shape), dataset.metadata.dtype),
-            "label": np.empty(len(dataset), np.int32),
+            **dataset.condition.empty(len(dataset)),
         }
         quiet = jax.process_index() != 0
         with tqdm.tqdm(total=len(dataset), desc="reading the dataset", unit="record", disable=quiet) as bar:

@@ -13,11 +13,13 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from dit_jax.conditions import Condition, Field, LabelCondition
 from dit_jax.config import ConfigError
 
 VERSION = 1
@@ -96,6 +98,11 @@ class LatentMetadata:
         h, w, c = self.latent_shape
         return (2 if self.mirrors else 1, h, w, 2 * c)
 
+    @property
+    def condition(self) -> LabelCondition:
+        """What the records hold beside the latents."""
+        return LabelCondition(self.num_classes)
+
     def to_json(self) -> str:
         """Indented JSON; `from_json` reads it back to an equal value."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -157,10 +164,16 @@ def tfds_features(metadata: LatentMetadata) -> Any:
     """The `tfds.features.FeaturesDict` of a record."""
     import tensorflow_datasets as tfds
 
+    condition = {
+        name: tfds.features.Tensor(shape=field.shape, dtype=np.int64)
+        if field.shape
+        else tfds.features.Scalar(np.int64)
+        for name, field in metadata.condition.fields.items()
+    }
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
-            "label": tfds.features.Scalar(np.int64),
+            **condition,
             "moments": tfds.features.Tensor(
                 shape=metadata.moments_shape,
                 dtype=np.dtype(metadata.dtype),
@@ -170,30 +183,31 @@ def tfds_features(metadata: LatentMetadata) -> Any:
     )
 
 
-def serialize(name: str, label: int, moments: np.ndarray) -> bytes:
-    """A record: the tf.train.Example that TFDS' own serializer makes of (id, label, moments), but faster."""
+def serialize(name: str, condition: Condition, moments: np.ndarray) -> bytes:
+    """A record: the tf.train.Example that TFDS' own serializer makes of id, condition and moments, but faster."""
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     feature = {
         "id": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[os.fsencode(name)])),
-        "label": tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[label])),
         "moments": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[moments.tobytes()])),
     }
+    for key, value in condition.items():
+        numbers = tf_feature_pb2.Int64List(value=np.ravel(value).tolist())
+        feature[key] = tf_feature_pb2.Feature(int64_list=numbers)
     example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=feature))
     return example.SerializeToString(deterministic=True)  # the order of a map's entries is otherwise free
 
 
-def parse(record: bytes) -> tuple[bytes, int, bytes]:
-    """(id, label, the moments' bytes) of a record."""
+def parse(record: bytes, fields: Mapping[str, Field]) -> tuple[bytes, Condition, bytes]:
+    """(id, condition of these fields, the moments' bytes) of a record."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     feature = tf_example_pb2.Example.FromString(record).features.feature
-    name, label, moments = (
-        feature["id"].bytes_list,
-        feature["label"].int64_list,
-        feature["moments"].bytes_list,
-    )
-    return name.value[0], label.value[0], moments.value[0]
+    condition: Condition = {}
+    for key, field in fields.items():
+        numbers = feature[key].int64_list.value
+        condition[key] = np.reshape(numbers, field.shape) if field.shape else numbers[0]
+    return feature["id"].bytes_list.value[0], condition, feature["moments"].bytes_list.value[0]
 
 
 def write_tfds_metadata(directory: pathlib.Path, metadata: LatentMetadata) -> None:

@@ -75,7 +75,7 @@ class ShardWriter:
                     f"{example.id} has label {example.label}; expected 0 to {self._plan.num_classes - 1}"
                 )
             with _as_os_error():
-                self._writer.write(serialize(example.id, example.label, row))
+                self._writer.write(serialize(example.id, {"label": example.label}, row))
         self._count += len(good)
         values = moments.reshape(len(good), -1, moments.shape[-1]).astype(np.float32)  # (B, M h w, 2c)
         totals = (np.sum(x, axis=1, dtype=np.float64) for x in (values, np.square(values)))  # each (B, 2c)

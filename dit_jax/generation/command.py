@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -26,7 +24,7 @@ from dit_jax.generation.sampling import (
     load_decoder,
     sampling_model,
 )
-from dit_jax.models.create import build_model
+from dit_jax.models.create import build_model, init_params
 from dit_jax.pictures import save_grid
 from dit_jax.runs.weights import load_weights
 from dit_jax.runs.workdir import read_metadata
@@ -96,38 +94,6 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     return Run(folder, config, metadata)
 
 
-def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes: int) -> np.ndarray:
-    """Class numbers of labels given by number or name; all classes for an empty list. `number:3` is no name.
-
-    Raises ConfigError for a name that the dataset does not have, a number that is no class, and a label that may
-    mean several classes: two of one name, or a name that is also the number of another.
-    """
-    count = max(num_classes, 1)
-    if not names:
-        return np.arange(count, dtype=np.int32)
-    return np.asarray([_label_number(name, label_names, count) for name in names], np.int32)
-
-
-def _label_number(label: str, label_names: Sequence[str], count: int) -> int:
-    named = {number for number, name in enumerate(label_names) if name == label}
-    plain = label if named else label.removeprefix("number:")
-    numbered = (
-        {int(plain) if len(plain) < 20 else count} if plain.isdecimal() else set()
-    )  # Python reads no longer ones
-    found = sorted(named | {number for number in numbered if number < count})
-    if len(found) > 1:
-        raise ConfigError(
-            f"--labels names {label!r}, which may be class {' or '.join(map(str, found))} by name or number; "
-            "expected " + " or ".join(f"number:{number}" for number in found)
-        )
-    if found:
-        return found[0]
-    if numbered:
-        raise ConfigError(f"--labels names class {plain[:40]}; expected 0 to {count - 1}")
-    known = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
-    raise ConfigError(f"--labels names {label!r}; expected a class number or one of: {known or '(no names)'}")
-
-
 def main(args: SampleArgs) -> int:
     """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
     for option in ("num_samples", "batch_size", "grid_count"):
@@ -148,34 +114,37 @@ def main(args: SampleArgs) -> int:
         )
     run = load_run(args.workdir)
     config, model = run.config, sampling_model(run.config)
-    classes = label_numbers(args.labels, run.metadata.label_names, model.num_classes)
-    check_sampling(model, config, options, classes)
+    named = model.condition.parse(args.labels, run.metadata.label_names)
+    check_sampling(model, config, options, named)
     out = str(run.workdir / "samples.png") if args.out is None and args.npz is None else args.out
     _check_room(args, out, run, options)
-    labels = np.resize(classes, args.num_samples)
+    condition = {name: _repeat(values, args.num_samples) for name, values in named.items()}
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    x = jnp.zeros((1, *model.latent_size, model.in_channels))
-    y = jnp.zeros(1, jnp.int32)
     whole = NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(model.init, jax.random.key(0), x, y, y)["params"],
+        jax.eval_shape(lambda key: init_params(model, config, key), jax.random.key(0)),
     )
     params, step = load_weights(run.workdir / "checkpoints", like, config, args.weights, args.step)
     decoder = load_decoder(run.metadata, args.vae)
     images = generate_images(
-        model, params, config, options, labels, decoder, mesh, args.seed, args.batch_size, progress=True
+        model, params, config, options, condition, decoder, mesh, args.seed, args.batch_size, progress=True
     )
     if jax.process_index() != 0:
         return 0
     if args.npz:
-        save_samples(args.npz, images, labels)
+        save_samples(args.npz, images, condition["label"])
         print(f"{len(images)} pictures of step {step}: {args.npz}")
     if out:
         save_grid(out, images[: args.grid_count])
         print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")
     return 0
+
+
+def _repeat(values: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` of the values, repeated in turn."""
+    return values[np.arange(count) % len(values)]
 
 
 def _check_room(args: SampleArgs, out: str | None, run: Run, options: SamplingOptions) -> None:
@@ -195,5 +164,6 @@ def _compile_for(args: SampleArgs, topology: str, options: SamplingOptions) -> i
     from dit_jax.planning.compile_for import compile_sampling, print_report
 
     config = resolve(load(args.config)) if args.config else load_run(args.workdir).config
-    check_sampling(build_model(config), config, options, np.zeros(1, np.int32))
+    model = build_model(config)
+    check_sampling(model, config, options, model.condition.in_turn(1))
     return print_report("sample.py", lambda: compile_sampling(config, options, args.batch_size, topology))

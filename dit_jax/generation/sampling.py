@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from dit_jax.compiler import compiler_options
+from dit_jax.conditions import Condition
 from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import FLOAT32_MOST
 from dit_jax.data.metadata import LatentMetadata
@@ -79,8 +80,8 @@ def batch_axes(mesh: Mesh) -> PartitionSpec:
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
 def make_latent_sampler(
     model: DiT, config: Config, options: SamplingOptions, mesh: Mesh
-) -> Callable[[Any, int, Array | np.ndarray, Array | np.ndarray], Array]:
-    """A jitted (params, seed, sample indices (B,), labels (B,)) -> latents (B, H, W, C), replicated.
+) -> Callable[[Any, int, Array | np.ndarray, Any], Array]:
+    """A jitted (params, seed, sample indices (B,), condition of B) -> latents (B, H, W, C), replicated.
 
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
     """
@@ -90,15 +91,17 @@ def make_latent_sampler(
     unroll = model.unroll or unrolls(config.model.unroll, model.hidden_size, mesh)
     split_model = model.clone(batch_sharding=split, quantization="none", unroll=unroll)
 
-    def sample(params: Any, seed: Array, indices: Array, labels: Array) -> Array:
+    kind = model.condition
+
+    def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Array:
         keys = sample_keys(jax.random.key(seed), indices)
         noise = start_noise(keys, (*model.latent_size, model.in_channels))
 
-        def network(x: Array, t: Array, y: Array) -> Array:
+        def network(x: Array, t: Array, y: Any) -> Array:
             return split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
 
         denoise = classifier_free_guidance(
-            network, labels, model.null_label, options.cfg_scale, options.channels, options.interval
+            network, kind.tree(condition), kind.null, options.cfg_scale, options.channels, options.interval
         )
         if options.sampler == "ddpm":
             return sample_ddpm(process, denoise, noise, keys)
@@ -138,22 +141,23 @@ def generate_images(
     params: Any,
     config: Config,
     options: SamplingOptions,
-    labels: Sequence[int] | np.ndarray,
+    condition: Any,
     decoder: Callable[[np.ndarray], np.ndarray] | None,
     mesh: Mesh,
     seed: int = 0,
     batch_size: int = 128,
     progress: bool = False,
 ) -> np.ndarray:
-    """Images (N, h, w, 3) uint8 of samples 0..N-1 with these labels (N,).
+    """Images (N, h, w, 3) uint8 of samples 0..N-1 with this condition, such as labels (N,).
 
     In a run of several processes all must call; only process 0 decodes, the others get an empty array.
-    Raises ConfigError for labels or options that the model cannot serve.
+    Raises ConfigError for a condition or options that the model cannot serve.
     """
-    labels = np.asarray(labels, np.int32)
-    check_sampling(model, config, options, labels)
+    condition = model.condition.on_host(condition)
+    check_sampling(model, config, options, condition)
+    count = samples_of(condition)
     devices = mesh.size // mesh.shape.get("tensor", 1)
-    batch_size = min(batch_size, len(labels))
+    batch_size = min(batch_size, count)
     batch_size += -batch_size % devices
     sampler = make_latent_sampler(model, config, options, mesh)
     split = NamedSharding(mesh, batch_axes(mesh))
@@ -164,19 +168,19 @@ def generate_images(
     images: list[np.ndarray] = []
     problem: Exception | None = None
     lead = jax.process_index() == 0
-    with tqdm(total=len(labels), unit="sample", desc="sampling", disable=not (progress and lead)) as bar:
-        for start in range(0, len(labels), batch_size):
-            part = labels[start : start + batch_size]
+    with tqdm(total=count, unit="sample", desc="sampling", disable=not (progress and lead)) as bar:
+        for start in range(0, count, batch_size):
             indices = np.arange(start, start + batch_size, dtype=np.int32)
-            padded = np.pad(part, (0, batch_size - len(part)), mode="edge")
+            rows, part = np.minimum(indices, count - 1), min(batch_size, count - start)
+            given = jax.tree.map(lambda array, rows=rows: place(array[rows]), condition)
             try:
-                latents = np.asarray(sampler(params, seed, place(indices), place(padded)))[: len(part)]
+                latents = np.asarray(sampler(params, seed, place(indices), given))[:part]
             except jax.errors.JaxRuntimeError:  # too little memory, say
                 all_fail_alike()
                 raise
             if not np.isfinite(latents).all():
                 raise FloatingPointError(
-                    f"samples {start} to {start + len(part) - 1} hold values that are not finite"
+                    f"samples {start} to {start + part - 1} hold values that are not finite"
                 )
             if lead and decoder is not None and problem is None:
                 try:
@@ -185,23 +189,27 @@ def generate_images(
                     if jax.process_count() == 1:
                         raise
                     problem = error  # raised below: the others need this process for their samples
-            bar.update(len(part))
+            bar.update(part)
     if problem is not None:
         raise problem
     return np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
 
 
-def check_sampling(model: DiT, config: Config, options: SamplingOptions, labels: np.ndarray) -> None:
-    """Raises ConfigError where options or labels do not fit the model or the process."""
+def samples_of(condition: Condition) -> int:
+    """How many samples a condition is of."""
+    return len(jax.tree.leaves(condition)[0])
+
+
+def check_sampling(model: DiT, config: Config, options: SamplingOptions, condition: Any) -> None:
+    """Raises ConfigError where options or the condition, such as labels (N,), do not fit the model or the process."""
+    kind = model.condition
+    condition = kind.on_host(condition)
     last = config.diffusion.num_timesteps
     if not 2 <= options.steps <= last:
         raise ConfigError(f"--steps is {options.steps}; expected 2 to {last}, the timesteps of training")
-    if len(labels) == 0:
+    if samples_of(condition) == 0:
         raise ConfigError("--num-samples is 0; expected a number above 0")
-    highest = max(model.num_classes - 1, 0)
-    if labels.min() < 0 or labels.max() > highest:
-        bad = labels[(labels < 0) | (labels > highest)][0]
-        raise ConfigError(f"--labels names class {bad}; expected 0 to {highest}")
+    kind.check(condition)
     if not abs(options.cfg_scale) <= FLOAT32_MOST:  # nan is no less than anything
         raise ConfigError(f"--cfg-scale is {options.cfg_scale}; expected a finite number")
     if options.channels != "all" and not 1 <= options.channels <= model.in_channels:
@@ -215,7 +223,7 @@ def check_sampling(model: DiT, config: Config, options: SamplingOptions, labels:
             ddim_tables(create_process(config.diffusion, str(options.steps)), options.eta)
         except ValueError as error:
             raise ConfigError(f"--{error}") from None
-    if options.cfg_scale != 1.0 and (model.num_classes == 0 or model.class_dropout_prob == 0):
+    if options.cfg_scale != 1.0 and not kind.has_null:
         raise ConfigError(
             f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"
         )
@@ -270,10 +278,10 @@ def write_sample_grid(
 ) -> None:
     """The grid of samples that a run writes at intervals: the same samples each time, so that progress shows."""
     t = config.train
-    guided = model.num_classes > 0 and model.class_dropout_prob > 0
-    options = SamplingOptions(steps=t.sample_steps, cfg_scale=t.sample_cfg_scale if guided else 1.0)
-    labels = np.arange(t.sample_count) % max(model.num_classes, 1)
+    kind = model.condition
+    options = SamplingOptions(steps=t.sample_steps, cfg_scale=t.sample_cfg_scale if kind.has_null else 1.0)
     decoder = load_decoder(metadata, config.data.vae or None) if jax.process_index() == 0 else None
-    images = generate_images(model, params, config, options, labels, decoder, mesh, t.seed)
+    condition = kind.in_turn(t.sample_count)
+    images = generate_images(model, params, config, options, condition, decoder, mesh, t.seed)
     if decoder is not None:
         save_grid(path, images)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -38,9 +37,9 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
     )
 
 
-def init_params(model: nn.Module, config: Config, key: jax.Array) -> Any:
+def init_params(model: DiT, config: Config, key: jax.Array) -> Any:
     """Fresh parameters of the network."""
     m = config.model
     x = jnp.zeros((1, *m.input_size, m.in_channels), jnp.float32)
-    zero = jnp.zeros((1,), jnp.int32)
-    return model.init(key, x, zero, zero)["params"]
+    condition = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.condition.shapes(1))
+    return model.init(key, x, jnp.zeros((1,), jnp.int32), condition)["params"]

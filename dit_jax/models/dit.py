@@ -10,12 +10,14 @@ product outside the loop: they depend on the conditioning vector alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dit_jax.conditions import LabelCondition
 from dit_jax.config import ConfigError
 from dit_jax.models.attention import resolve_attention
 from dit_jax.models.blocks import MODULATIONS, Block, split_batch, splits_inner_axes
@@ -118,13 +120,19 @@ class DiT(nn.Module):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def condition(self) -> LabelCondition:
+        """What the network is told of a sample."""
+        return LabelCondition(self.num_classes, self.class_dropout_prob)
+
+    @property
     def null_label(self) -> int:
         """The label that stands for no label: the row after the last class."""
         return self.num_classes
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, y: Array | None = None) -> Array:
-        """x (B, H, W, C), t (B,) timesteps, y (B,) labels -> (B, H, W, C or 2C) float32."""
+    def __call__(self, x: Array, t: Array, y: Array | Mapping[str, Array] | None = None) -> Array:
+        """x (B, H, W, C), t (B,) timesteps, y (B,) labels, or {"label": labels} -> (B, H, W, C or 2C) float32."""
+        y = y["label"] if isinstance(y, Mapping) else y
         self._check(x, y)
         d = self.hidden_size
         tokens = Linear((d,), dtype=self.dtype, name="patch_embed")(patchify(x, self.patch_size))

@@ -233,7 +233,7 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
     sampler: Any = make_latent_sampler(model, config, options, mesh)
     passes = options.steps * (2 if options.cfg_scale != 1.0 else 1)
     return _report(
-        sampler.lower(params, 0, numbers, numbers),
+        sampler.lower(params, 0, numbers, model.condition.shapes(batch_size, split)),
         chip,
         "give a smaller --batch-size, or more chips",
         what=f"{options.steps} {options.sampler} steps of {config.model.name}, guidance {options.cfg_scale}",

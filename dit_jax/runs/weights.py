@@ -14,14 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dit_jax.config import Config, ConfigError, ModelConfig, run_config
+from dit_jax.conditions import condition_of, shared_rows
+from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.models.create import build_model, init_params
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
 from dit_jax.runs.workdir import read_metadata
 
 Kind = Literal["ema", "params"]
-TABLE = "y_embed/embedding"
 
 
 def checkpoint_steps(directory: pathlib.Path) -> list[int]:
@@ -146,17 +146,18 @@ def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ())
     like = jax.tree_util.tree_map_with_path(layout, theirs)
     loaded, step = load_weights(source / "checkpoints", like, their_config)
     found = {_name(path): leaf for path, leaf in _leaves(loaded)}
-    rows = shared_rows(config.model, label_names, their_config.model, their_names)
+    kind, table = condition_of(config.model), condition_of(config.model).table
+    rows = shared_rows(kind, label_names, condition_of(their_config.model), their_names)
     say(
         f"starting from the averaged weights of step {step} in {source}"
-        + (f", {len(rows)} of {len(ours[TABLE])} rows of the label table among them" if TABLE in ours else "")
+        + (f", {len(rows)} of {len(ours[table])} rows of the label table among them" if table in ours else "")
     )
     _warn_of_another_process(config, their_config)
 
     def choose(path: Any, mine: jax.Array) -> jax.Array:
         name = _name(path)
         given = found.get(name)
-        if name == TABLE and (given is None or given.shape[1:] == mine.shape[1:]):
+        if name == table and (given is None or given.shape[1:] == mine.shape[1:]):
             return _copy_rows(mine, given, rows) if given is not None else mine
         if given is not None and given.shape == mine.shape:
             return given
@@ -166,24 +167,6 @@ def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ())
         )
 
     return jax.tree_util.tree_map_with_path(choose, fresh)
-
-
-def shared_rows(
-    ours: ModelConfig, our_names: Sequence[str], theirs: ModelConfig, their_names: Sequence[str]
-) -> list[tuple[int, int]]:
-    """(row here, row there) of the label table's rows that stand for the same class in two runs.
-
-    Classes are the same by name. Where a run has no names, they are if their number agrees; where a name stands
-    twice, if the lists of names agree. The null row is one class more, if both have it.
-    """
-    if our_names and their_names and list(our_names) != list(their_names):
-        there = {name: i for i, name in enumerate(their_names) if their_names.count(name) == 1}
-        rows = [(i, there[n]) for i, n in enumerate(our_names) if n in there and our_names.count(n) == 1]
-    else:
-        rows = [(i, i) for i in range(ours.num_classes)] if ours.num_classes == theirs.num_classes else []
-    if ours.class_dropout_prob > 0 and theirs.class_dropout_prob > 0:
-        rows.append((ours.num_classes, theirs.num_classes))
-    return rows
 
 
 def _copy_rows(mine: jax.Array, given: jax.Array, rows: Sequence[tuple[int, int]]) -> jax.Array:

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from dit_jax.compiler import compiler_options
+from dit_jax.conditions import condition_of
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.process import Process
@@ -62,14 +63,14 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def abstract_batch(config: Config, mesh: Mesh, dtype: Any = np.float16) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of a global batch of stored moments and labels."""
+    """Shapes, types and shardings of a global batch of stored moments and conditions."""
     m, b = config.model, config.train.batch_size
     views = 2 if config.data.mirror else 1
     return {
         "moments": jax.ShapeDtypeStruct(
             (b, views, *m.input_size, 2 * m.in_channels), dtype, sharding=batch_sharding(mesh)
         ),
-        "label": jax.ShapeDtypeStruct((b,), np.int32, sharding=batch_sharding(mesh)),
+        **condition_of(m).shapes(b, batch_sharding(mesh)),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +9,7 @@ import optax
 from dit_jax.config import Config
 from dit_jax.diffusion.create import create_process
 from dit_jax.models.create import init_params
+from dit_jax.models.dit import DiT
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.state import Params, TrainState, zero_totals
 
@@ -30,7 +30,7 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, config: 
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: Config, key: jax.Array
+    model: DiT, optimizer: optax.GradientTransformation, config: Config, key: jax.Array
 ) -> TrainState:
     """The state at step 0 with fresh parameters; under `jit(out_shardings=)` it is born sharded."""
     return make_state(init_params(model, config, key), optimizer, config)

@@ -13,21 +13,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dit_jax.conditions import LabelCondition
 from dit_jax.config import Config
 from dit_jax.data.latents import draw_latents
 from dit_jax.diffusion.process import Process
+from dit_jax.models.dit import DiT
 from dit_jax.runs.state import TrainState, zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate
 from dit_jax.training.sharding import BATCH_AXES
 
 Batch = dict[str, jax.Array]
+Inputs = dict[str, Any]
+"""x0, t and noise, arrays, and the condition, a tree of them."""
 Metrics = dict[str, jax.Array]
 
 
@@ -46,22 +49,15 @@ def draw_key(seed: int, step: int | jax.Array, purpose: Draw) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def drop_labels(key: jax.Array, labels: jax.Array, num_classes: int, probability: float) -> jax.Array:
-    """Labels (B,), each replaced by the null label `num_classes` with this probability."""
-    if num_classes == 0 or probability == 0:
-        return labels
-    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), num_classes, labels)
-
-
-def make_loss(model: nn.Module, process: Process) -> Callable[..., tuple[jax.Array, Metrics]]:
+def make_loss(model: DiT, process: Process) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The loss `(params, inputs) -> (mean over the batch, metrics)` of what a step draws."""
 
-    def loss_fn(params: Any, inputs: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        def network(x: jax.Array, t: jax.Array, label: Any) -> Any:
-            return model.apply({"params": params}, x, t, label)
+    def loss_fn(params: Any, inputs: Inputs) -> tuple[jax.Array, Metrics]:
+        def network(x: jax.Array, t: jax.Array, condition: Any) -> Any:
+            return model.apply({"params": params}, x, t, condition)
 
         t = inputs["t"]
-        terms = process.losses(network, inputs["x0"], t, inputs["noise"], inputs["label"])
+        terms = process.losses(network, inputs["x0"], t, inputs["noise"], inputs["condition"])
         quarter = jax.nn.one_hot(quarter_of(process.noise_level(t)), 4)  # (B, 4)
         metrics = {
             name: terms[name].mean() if name in terms else jnp.zeros(()) for name in process.loss_names
@@ -78,7 +74,7 @@ def quarter_of(noise_level: jax.Array) -> jax.Array:
     return jnp.minimum((4 * noise_level).astype(jnp.int32), 3)
 
 
-Gradients = Callable[[Any, dict[str, jax.Array]], tuple[Any, Metrics]]
+Gradients = Callable[[Any, Inputs], tuple[Any, Metrics]]
 """(params, inputs) -> (gradients of the mean loss, metrics)."""
 
 
@@ -93,7 +89,7 @@ def make_gradients(
     split_batch(tree, axis) splits that axis of a tree of arrays over the devices of the batch.
     """
 
-    def gradients(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
+    def gradients(params: Any, inputs: Inputs) -> tuple[Any, Metrics]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
         if microbatches == 1:
             grads, metrics = grad_fn(params, inputs)
@@ -127,7 +123,7 @@ def add_over_devices_once(gradients: Gradients, mesh: Mesh, grad_shardings: Any)
         of_own_rows, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False
     )
 
-    def of_all(params: Any, inputs: dict[str, jax.Array]) -> tuple[Any, Metrics]:
+    def of_all(params: Any, inputs: Inputs) -> tuple[Any, Metrics]:
         grads, metrics = jax.tree.map(lambda x: x.sum(axis=0), of_each(params, inputs))
         devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         return mean_of_parts(constrain(grads, grad_shardings), metrics, devices)
@@ -181,24 +177,24 @@ def make_split(mesh: Mesh | None) -> Callable[..., Any]:
 
 
 def make_draws(
-    config: Config, process: Process, scaling_factor: float, shift_factor: float
-) -> Callable[[Batch, jax.Array], dict[str, jax.Array]]:
-    """`(batch, step) -> the network's inputs for the global batch`: clean latents, time, noise, labels."""
-    m, seed = config.model, config.train.seed
+    config: Config, kind: LabelCondition, process: Process, scaling_factor: float, shift_factor: float
+) -> Callable[[Batch, jax.Array], Inputs]:
+    """`(batch, step) -> the network's inputs for the global batch`: clean latents, time, noise, condition."""
+    seed = config.train.seed
 
-    def draw(batch: Batch, step: jax.Array) -> dict[str, jax.Array]:
+    def draw(batch: Batch, step: jax.Array) -> Inputs:
         key = {purpose: draw_key(seed, step, purpose) for purpose in Draw}
         x0 = draw_latents(batch, key[Draw.LATENT], scaling_factor, shift_factor, config.data.mirror)
         t = process.training_times(key[Draw.TIME], x0.shape[0])
         noise = jax.random.normal(key[Draw.NOISE], x0.shape, x0.dtype)
-        label = drop_labels(key[Draw.LABEL], batch["label"], m.num_classes, m.class_dropout_prob)
-        return {"x0": x0, "t": t, "noise": noise, "label": label}
+        condition = kind.drop(key[Draw.LABEL], kind.of(batch))
+        return {"x0": x0, "t": t, "noise": noise, "condition": condition}
 
     return draw
 
 
 def gradients_on(
-    mesh: Mesh | None, model: nn.Module, process: Process, microbatches: int, grad_shardings: Any
+    mesh: Mesh | None, model: DiT, process: Process, microbatches: int, grad_shardings: Any
 ) -> Callable[..., tuple[Any, Metrics]]:
     """`make_gradients` of the network's loss, added over the devices of the mesh as seldom as their memory allows."""
     if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
@@ -210,7 +206,7 @@ def gradients_on(
 
 
 def make_train_step(
-    model: nn.Module,
+    model: DiT,
     process: Process,
     optimizer: optax.GradientTransformation,
     config: Config,
@@ -221,7 +217,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     grad_shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step `(state, {"moments": (B, M, h, w, 2c), "label": (B,)}) -> (state, metrics of this step)`.
+    """The step `(state, {"moments": (B, M, h, w, 2c), condition}) -> (state, metrics of this step)`.
 
     scaling_factor and shift_factor are the autoencoder's. With a mesh, draws and microbatches are split over
     its batch axes; with grad_shardings (one per parameter), gradients are reduced onto them.
@@ -230,7 +226,7 @@ def make_train_step(
     schedule = learning_rate(config)
 
     split_batch = make_split(mesh)
-    draw = make_draws(config, process, scaling_factor, shift_factor)
+    draw = make_draws(config, model.condition, process, scaling_factor, shift_factor)
     gradients = gradients_on(mesh, model, process, microbatches, grad_shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 
+from dit_jax.conditions import LabelCondition
 from dit_jax.data.decode import decoded
 from dit_jax.data.encode import UNFINISHED, prepare
 from dit_jax.data.latents import LatentDataset
@@ -70,12 +71,12 @@ def test_record_bytes_are_those_of_tfds_own_serializer(dataset):
 
     features = tfds_features(dataset.metadata)
     moments = np.random.default_rng(1).standard_normal(dataset.metadata.moments_shape).astype(np.float16)
-    record = serialize("a/b.png", 300, moments)
+    record = serialize("a/b.png", {"label": 300}, moments)
     example = ExampleSerializer(features.get_serialized_info()).get_tf_example(
         features.encode_example({"id": "a/b.png", "label": 300, "moments": moments})
     )
     assert record == example.SerializeToString(deterministic=True)
-    assert parse(record) == (b"a/b.png", 300, moments.tobytes())
+    assert parse(record, LabelCondition.fields) == (b"a/b.png", {"label": 300}, moments.tobytes())
 
 
 def test_nothing_but_the_dataset_is_left(dataset):

@@ -115,8 +115,7 @@ def test_a_network_that_knows_has_no_error(process, example):
     p = process.levels(t, x0)
     wanted = predictions.target(process.predicts, x0, noise, p)
     rest = jnp.zeros((*SHAPE[:-1], channels_out(process) - SHAPE[-1]))
-    ones = jnp.ones((*SHAPE[:-1], channels_out(process)))
-    sign = process.predict(lambda x, t: ones, x0, t)  # a network may count time the other way
+    sign = -1.0 if getattr(process, "time_direction", "") == "to_noise" else 1.0
 
     def network(x, t, condition):
         return jnp.concatenate([sign * condition, rest], axis=-1)
@@ -136,6 +135,22 @@ def test_levels_are_those_of_q_sample(process, example):
     ones, none = jnp.ones(SHAPE), jnp.zeros(SHAPE)
     np.testing.assert_allclose(process.q_sample(ones, t, none)[:, 0, 0, 0], p.alpha[:, 0, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(process.q_sample(none, t, ones)[:, 0, 0, 0], p.sigma[:, 0, 0, 0], rtol=1e-6)
+
+
+def test_derivatives_are_along_the_path(process):
+    like = jnp.zeros((2, 1))
+    if isinstance(process, FlowMatching):
+        times = jnp.asarray([0.299, 0.301]), jnp.asarray([0.3, 0.7]), jnp.asarray([0.699, 0.701])
+    else:
+        at = process.num_timesteps // 2
+        times = jnp.asarray([at - 1, at + 1]), jnp.asarray([at, at]), jnp.asarray([at - 1, at + 1])
+    middle = process.levels(times[1], like)
+    for i, ends in ((0, times[0]), (1, times[2])):
+        p = process.levels(ends, like)
+        moved = np.asarray([p.alpha[1, 0] - p.alpha[0, 0], p.sigma[1, 0] - p.sigma[0, 0]])
+        tangent = np.asarray([middle.d_alpha[i, 0], middle.d_sigma[i, 0]])
+        cosine = moved @ tangent / np.linalg.norm(moved) / np.linalg.norm(tangent)
+        assert cosine > 0.999
 
 
 def test_a_prediction_gives_every_other_and_comes_back(process, example):

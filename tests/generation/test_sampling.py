@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from dit_jax.conditions import label_numbers
 from dit_jax.config import Config, ConfigError, DiffusionConfig, ModelConfig, resolve
 from dit_jax.generation import sampling
-from dit_jax.generation.command import label_numbers
 from dit_jax.generation.sampling import (
     SamplingOptions,
     check_sampling,

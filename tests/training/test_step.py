@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.conditions import drop_labels
 from dit_jax.planning import hlo
 from dit_jax.runs.state import zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate, make_optimizer
 from dit_jax.training.program import abstract_batch, build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
-from dit_jax.training.step import Draw, draw_key, drop_labels, summarise
+from dit_jax.training.step import Draw, draw_key, summarise
 
 
 @pytest.fixture(scope="module")

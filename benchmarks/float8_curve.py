@@ -70,7 +70,7 @@ def run_config(args: argparse.Namespace, name: str, seed: int) -> Config:
     return resolve(
         dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, **PRECISIONS[name]),
+            compute=dataclasses.replace(config.compute, **PRECISIONS[name]),
             train=dataclasses.replace(config.train, **fields),
         )
     )

@@ -167,8 +167,10 @@ def main() -> None:
         for unroll in (False, True):
             moved, products = {}, {}
             for choice in COMPARED[args.compare]:
-                model = dataclasses.replace(m, remat=remat, unroll=unroll, **{args.compare: choice})
-                program = compiled(dataclasses.replace(config, model=model), work, device)
+                compute = dataclasses.replace(
+                    config.compute, remat=remat, unroll=unroll, **{args.compare: choice}
+                )
+                program = compiled(dataclasses.replace(config, compute=compute), work, device)
                 moved[choice], products[choice] = moved_bytes(parse(program)), program.count(FLOAT8_PRODUCT)
             saved = (moved[before] - moved[after]) / m.depth
             rows.append({

@@ -30,7 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 import workers
 
-from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, model_sizes
+from dit_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    model_sizes,
+)
 from dit_jax.devices import peak_flops
 
 SCALING_FACTOR = 0.18215  # Stable Diffusion's autoencoder
@@ -80,26 +88,25 @@ def make_config(args: argparse.Namespace, **train: Any) -> Config:
     )
     given = {name: getattr(args, name) for name in ("depth", "hidden_size", "num_heads")}
     sizes |= {name: value for name, value in given.items() if value}
-    model = ModelConfig(
-        name=args.model, input_size=(args.latent_size, args.latent_size), dtype=args.dtype,
-        quantization=getattr(args, "quantization", "none"), attention=args.attention,
-        norm_kernel=args.norm_kernel, remat=getattr(args, "remat", "none"), unroll=args.unroll, **sizes,
+    compute = ComputeConfig(
+        dtype=args.dtype, quantization=getattr(args, "quantization", "none"), attention=args.attention,
+        norm_kernel=args.norm_kernel, remat=getattr(args, "remat", "none"), unroll=args.unroll,
     )  # fmt: skip
     return Config(
-        model=model,
+        model=ModelConfig(name=args.model, input_size=(args.latent_size, args.latent_size), **sizes),
+        compute=compute,
         data=DataConfig(dir="synthetic", mirror=False),
         optim=OptimConfig(),
         train=TrainConfig(batch_size=args.batch_size, **train),
     )
 
 
-def plain(config: Config) -> Config:
-    """The same network computed plainly: float32, einsum, nothing recomputed, a loop over layers."""
-    model = dataclasses.replace(
-        config.model, dtype="float32", quantization="none", attention="einsum", norm_kernel="xla", remat="none",
-        unroll=False,
-    )  # fmt: skip
-    return dataclasses.replace(config, model=model)
+def plain(config: Config) -> tuple[Any, Config]:
+    """The same network computed plainly in float32, and the config that says so."""
+    from dit_jax.models.create import build_model
+
+    config = dataclasses.replace(config, compute=ComputeConfig(unroll=False))
+    return build_model(config).plain(), config
 
 
 def set_products(args: argparse.Namespace) -> None:
@@ -156,8 +163,6 @@ def check(name: str, error: float, tolerance: float) -> dict[str, float]:
 
 def check_training(model: Any, process: Any, config: Config, params: Any, limit: float) -> dict[str, float]:
     """Errors of the loss and of its gradient against the plain path, on up to 4 images, at given draws."""
-    from dit_jax.models.create import build_model
-
     m, b = config.model, min(config.train.batch_size, 4)
     rng = np.random.default_rng(1)
     x0, noise = rng.standard_normal((2, b, *m.input_size, m.in_channels), np.float32)
@@ -176,7 +181,7 @@ def check_training(model: Any, process: Any, config: Config, params: Any, limit:
 
     loss, grads = gradient_of(model)
     with jax.default_matmul_precision("highest"):
-        expected_loss, expected = gradient_of(build_model(plain(config)))
+        expected_loss, expected = gradient_of(plain(config)[0])
     return check("loss", relative_error(loss, expected_loss), limit) | check(
         "gradient", relative_error(grads, expected), limit
     )

@@ -56,11 +56,13 @@ def device_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), ("data",))
 
 
-def jax_loop(args: argparse.Namespace, config: Any, steps: int) -> Callable[[Any, np.ndarray], np.ndarray]:
+def jax_loop(
+    args: argparse.Namespace, model: Any, config: Any, steps: int
+) -> Callable[[Any, np.ndarray], np.ndarray]:
     """(params, labels (B,)) -> latents (B, h, w, c) on the host, over all devices."""
     mesh = device_mesh()
     sampler: Any = make_latent_sampler(
-        build_model(config), config, SamplingOptions(steps=steps, cfg_scale=args.cfg_scale), mesh
+        model, config, SamplingOptions(steps=steps, cfg_scale=args.cfg_scale), mesh
     )
     return lambda params, labels: np.asarray(sampler(params, 0, np.arange(len(labels)), labels))
 
@@ -78,19 +80,20 @@ def few(labels: np.ndarray) -> np.ndarray:
 def plain_latents(args: argparse.Namespace, config: Any, params: Any, labels: np.ndarray) -> np.ndarray:
     """A few steps computed plainly in float32."""
     with jax.default_matmul_precision("highest"):
-        return jax_loop(args, harness.plain(config), STEPS_TO_CHECK)(params, labels)
+        return jax_loop(args, *harness.plain(config), STEPS_TO_CHECK)(params, labels)
 
 
 def jax_side(args: argparse.Namespace, config: Any) -> tuple[dict[str, Any], workers.Work]:
     """What was found, and a function that samples a batch."""
     harness.set_products(args)
-    m = config.model
     labels, params = labels_of(args, config), random_params(config)
-    found = jax_loop(args, config, STEPS_TO_CHECK)(params, few(labels))
+    model = build_model(config)
+    found = jax_loop(args, model, config, STEPS_TO_CHECK)(params, few(labels))
     error = harness.relative_error(found, plain_latents(args, config, params, few(labels)))
     errors = harness.check("latents", error, harness.tolerance(args))
-    loop, placed = jax_loop(args, config, args.steps), jax.device_put(params)
-    facts = {"correctness": errors, "unrolled": unrolls(m.unroll, m.hidden_size, device_mesh())}
+    loop, placed = jax_loop(args, model, config, args.steps), jax.device_put(params)
+    unrolled = unrolls(config.compute.unroll, config.model.hidden_size, device_mesh())
+    facts = {"correctness": errors, "unrolled": unrolled}
     return facts, {"round": lambda: finite(loop(placed, labels))}
 
 
@@ -137,7 +140,7 @@ def check_peer(
 
     latents, noise, labels = (found.pop(name) for name in ("latents", "noise", "labels"))
     network.load_state_dict({name: torch.from_numpy(value) for name, value in found.items()})
-    plain = harness.plain(config)
+    _, plain = harness.plain(config)
     loop = torch_peer.make_torch_loop(network, plain, STEPS_TO_CHECK, args.cfg_scale, "none")
     inputs = (noise.transpose(0, 3, 1, 2).copy(), labels.astype(np.int64))
     theirs = loop(*(torch.from_numpy(a).to(torch_peer.DEVICE) for a in inputs)).cpu().numpy()

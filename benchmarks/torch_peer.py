@@ -162,7 +162,7 @@ class TrainStep:
             self.weights, o.learning_rate, (o.b1, o.b2), o.eps, weight_decay=o.weight_decay, fused=True
         )
         self.call = compiled(call(network, name), mode)
-        self.autocast = config.model.dtype == "bfloat16" and not master
+        self.autocast = config.compute.dtype == "bfloat16" and not master
 
     def denoise(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The network in its own type."""
@@ -206,7 +206,7 @@ def make_diffusers_loop(config: Config, steps: int, scale: float, mode: str) -> 
         def decode(self, latents: Tensor) -> Any:
             return type("output", (), {"sample": latents})
 
-    dtype = getattr(torch, config.model.dtype)
+    dtype = getattr(torch, config.compute.dtype)
     network = diffusers_network(config).eval().to(dtype)
     if mode != "none":
         network.compile(mode=None if mode == "default" else mode)
@@ -231,7 +231,7 @@ def make_torch_loop(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Guided DDIM on all channels: start noise (B, C, H, W), labels (B,) -> latents (B, C, H, W)."""
     m = config.model
-    dtype = getattr(torch, m.dtype)
+    dtype = getattr(torch, config.compute.dtype)
     forward = compiled(network.eval().to(dtype), mode)
     kept = np.round(np.linspace(0, 999, steps)).astype(np.int64)  # as space_timesteps of this package
     ac = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[kept]

@@ -72,7 +72,7 @@ def jax_step(args: argparse.Namespace) -> tuple[dict[str, Any], workers.Work]:
             raise SystemExit(f"the loss became {loss}")
 
     memory = step.memory_analysis().temp_size_in_bytes
-    facts = {"correctness": errors, "memory_bytes": memory, "unrolled": program.model.unroll}
+    facts = {"correctness": errors, "memory_bytes": memory, "unrolled": program.model.compute.unroll}
     return facts, {"round": run}
 
 
@@ -80,10 +80,9 @@ def reference(args: argparse.Namespace, path: pathlib.Path) -> tuple[dict[str, A
     """Weights, inputs, output and loss of our network in float32, for the peer's check."""
     from dit_jax.diffusion.create import create_process
     from dit_jax.interop.official import state_dict_from_params
-    from dit_jax.models.create import build_model
 
-    config = harness.plain(harness.make_config(args))
-    model, process, m = build_model(config), create_process(config.diffusion), config.model
+    model, config = harness.plain(harness.make_config(args))
+    process, m = create_process(config.diffusion), config.model
     rng = np.random.default_rng(2)
     x0, noise = rng.standard_normal((2, 4, *m.input_size, m.in_channels), np.float32)
     t, y = np.array([0, 3, 500, 999], np.int32), np.arange(4, dtype=np.int32) % m.num_classes

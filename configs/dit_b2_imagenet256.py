@@ -9,10 +9,19 @@ chips; 138 GFLOP per image and 2.1 GB of state, which every device holds whole.
 Result to expect: FID-50K 43.47 without guidance at 400,000 steps (the paper's table 4).
 """
 
-from dit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dit_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
-    model=ModelConfig(name="DiT-B/2", dtype="bfloat16", remat="dots_attention"),
+    model=ModelConfig(name="DiT-B/2"),
+    compute=ComputeConfig(dtype="bfloat16", remat="dots_attention"),
     data=DataConfig(dir="data/imagenet256"),
     optim=OptimConfig(learning_rate=1e-4, ema_decay=0.9999),
     mesh=MeshConfig(preset="replicated"),

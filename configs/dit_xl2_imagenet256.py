@@ -11,10 +11,19 @@ Result to expect, the paper's FID-50K: without guidance 19.47 at 400,000 steps (
 guidance 1.5 (on three channels, 250 DDPM steps) 2.27 at 7 million (table 2).
 """
 
-from dit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dit_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
-    model=ModelConfig(name="DiT-XL/2", dtype="bfloat16", remat="dots_attention"),
+    model=ModelConfig(name="DiT-XL/2"),
+    compute=ComputeConfig(dtype="bfloat16", remat="dots_attention"),
     data=DataConfig(dir="data/imagenet256"),
     optim=OptimConfig(learning_rate=1e-4, ema_decay=0.9999),
     mesh=MeshConfig(preset="fsdp"),

@@ -11,10 +11,19 @@ Result to expect, the paper's FID-50K at 3 million steps (table 3): 12.03 withou
 (on three channels, 250 DDPM steps).
 """
 
-from dit_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from dit_jax.config import (
+    ComputeConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 config = Config(
-    model=ModelConfig(name="DiT-XL/2", input_size=(64, 64), dtype="bfloat16", remat="dots_attention"),
+    model=ModelConfig(name="DiT-XL/2", input_size=(64, 64)),
+    compute=ComputeConfig(dtype="bfloat16", remat="dots_attention"),
     data=DataConfig(dir="data/imagenet512"),
     optim=OptimConfig(learning_rate=1e-4, ema_decay=0.9999),
     mesh=MeshConfig(preset="fsdp"),

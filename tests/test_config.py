@@ -1,6 +1,7 @@
 """Configs: parsing, resolution, one clear error for everything wrong."""
 
 import dataclasses
+import json
 import os
 import re
 
@@ -131,23 +132,70 @@ def test_what_a_run_would_find_out_too_late_is_refused(diffusion, train, message
         (["--model.unroll", "true", "--model.depth", "5"], True),
         (["--model.unroll=false"], False),
         (["--model.unroll=True"], True),
+        (["--compute.unroll"], True),
+        (["--compute.no-unroll"], False),
     ],
 )
 def test_unroll_is_a_switch_and_a_choice_of_three(recipe, args, unroll):
-    assert c.parse_args(["--config", recipe, *args]).model.unroll is unroll
+    assert c.parse_args(["--config", recipe, *args]).compute.unroll is unroll
 
 
 def test_unroll_is_read_from_configs_of_before_and_refused_in_one_sentence(recipe, capsys):
     for value in (True, False, "auto"):
-        text = c.to_json(c.Config(model=c.ModelConfig(unroll=value)))
-        assert c.from_json(text).model.unroll is value
+        text = c.to_json(c.Config(compute=c.ComputeConfig(unroll=value)))
+        assert c.from_json(text).compute.unroll is value
     for value in ('"on"', "2", "null"):
-        with pytest.raises(c.ConfigError, match=r"--model.unroll is .*; input should be"):
+        with pytest.raises(c.ConfigError, match=r"--compute.unroll is .*; input should be"):
             c.from_json(f'{{"model": {{"unroll": {value}}}}}')
     with pytest.raises(SystemExit) as stop:
         c.parse_args(["--config", recipe, "--model.unroll", "on"])
     assert stop.value.code == 2
-    assert "--model.unroll" in capsys.readouterr().err
+    assert "--compute.unroll" in capsys.readouterr().err
+
+
+def test_options_of_earlier_versions_are_those_of_today(recipe):
+    old = [
+        "--model.dtype",
+        "bfloat16",
+        "--model.norm_kernel=pallas",
+        "--model.remat",
+        "dots",
+        "--model.depth",
+        "5",
+    ]
+    config = c.parse_args(["--config", recipe, *old])
+    assert (config.compute.dtype, config.compute.norm_kernel, config.compute.remat) == (
+        "bfloat16",
+        "pallas",
+        "dots",
+    )
+    assert config.model.depth == 5
+
+
+def test_a_config_of_the_first_version_is_read_as_one_of_today():
+    of_today = c.Config(
+        model=c.ModelConfig(depth=3), compute=c.ComputeConfig(dtype="bfloat16", attention="xla")
+    )
+    groups = json.loads(c.to_json(of_today))
+    assert groups.pop("version") == 2
+    groups["model"] |= groups.pop("compute")
+    assert c.from_json(json.dumps(groups)) == of_today
+    assert c.from_json(c.to_json(of_today)) == of_today
+
+
+@pytest.mark.parametrize("version", [0, 99, "2", True, None])
+def test_a_config_of_an_unknown_version_is_refused(version):
+    with pytest.raises(
+        c.ConfigError, match=f"version is {version}; expected 1 to 2, the newest that this dit_jax"
+    ):
+        c.from_json(json.dumps({"version": version}))
+
+
+def test_a_recipe_of_before_is_told_where_an_option_is_now(tmp_path):
+    path = tmp_path / "old.py"
+    path.write_text("from dit_jax.config import *\nconfig = Config(model=ModelConfig(dtype='bfloat16'))\n")
+    with pytest.raises(c.ConfigError, match=r"in line 2.*; dtype is an option of compute=ComputeConfig"):
+        c.load(path)
 
 
 NUMBERS = [

@@ -14,6 +14,7 @@ from dit_jax.config.saved import from_json, to_json
 from dit_jax.config.schema import (
     DIT_PATCHES,
     DIT_SIZES,
+    ComputeConfig,
     Conditioning,
     Config,
     ConfigError,
@@ -29,6 +30,7 @@ from dit_jax.config.schema import (
 __all__ = [
     "DIT_PATCHES",
     "DIT_SIZES",
+    "ComputeConfig",
     "Conditioning",
     "Config",
     "ConfigError",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dit_jax.config.saved import from_json, shown, to_json
-from dit_jax.config.schema import DIT_SIZES, Config, ConfigError, ModelConfig
+from dit_jax.config.schema import DIT_SIZES, Config, ConfigError
 
 
 def model_sizes(name: str) -> tuple[int, int, int, int]:
@@ -104,7 +104,7 @@ def _check_values(config: Config) -> None:
         _require(0 <= decay <= BELOW_ONE, "optim.ema_more", decay, "at least 0 and below 1 in float32")
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
-    _check_model(config.model)
+    _check_model(config)
     least = 21 if config.diffusion.schedule == "linear" else 2  # linear betas reach 1 with fewer
     timesteps = config.diffusion.num_timesteps
     _require(
@@ -123,7 +123,8 @@ def _check_values(config: Config) -> None:
     )  # fmt: skip
 
 
-def _check_model(m: ModelConfig) -> None:
+def _check_model(config: Config) -> None:
+    m = config.model
     assert m.patch_size and m.hidden_size and m.num_heads  # filled by resolve
     for side in m.input_size:
         _require(
@@ -149,6 +150,6 @@ def _check_model(m: ModelConfig) -> None:
         "model.input_size", m.input_size, f"fewer than 2^31 numbers: {m.num_tokens} tokens of width {m.hidden_size}",
     )  # fmt: skip
     _require(
-        m.norm_kernel == "xla" or m.conditioning in ("adaln", "adaln_zero"),
-        "model.norm_kernel", m.norm_kernel, f"xla, because --model.conditioning is {m.conditioning}",
+        config.compute.norm_kernel == "xla" or m.conditioning in ("adaln", "adaln_zero"),
+        "compute.norm_kernel", config.compute.norm_kernel, f"xla, because --model.conditioning is {m.conditioning}",
     )  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 from dit_jax.config.check import resolve
 from dit_jax.config.saved import from_json, shown
 from dit_jax.config.schema import Config, ConfigError
+from dit_jax.config.upgrade import where_it_is_now, with_new_names
 
 DEFAULT = "configs/digits.py"
 
@@ -69,8 +70,9 @@ def _run(path: pathlib.Path) -> dict[str, Any]:
         lines = [str(frame.lineno) for frame in frames if frame.filename == os.fspath(path)]
         where = f" in line {lines[-1]}" if lines else ""  # a SyntaxError says it itself
         reason = " ".join(f"{type(error).__name__}{where}: {error}".split())
+        hint = where_it_is_now(error) if isinstance(error, TypeError) else ""
         raise ConfigError(
-            f"--config names {path}, which does not run as a recipe ({reason}); expected one such as {DEFAULT}"
+            f"--config names {path}, which does not run as a recipe ({reason}{hint}); expected one such as {DEFAULT}"
         ) from None
 
 
@@ -89,7 +91,7 @@ def parse_args(args: Sequence[str] | None = None, default: str = DEFAULT, more_h
     known, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
     config = tyro.cli(
         Config,
-        args=_spell_unroll(rest),
+        args=_spell_unroll(with_new_names(rest)),
         default=load(known.config),
         description=f"{Config.__doc__}\n\n--config FILE names a recipe in configs/ (default: {default}); every "
         f"option below overrides it.\n\n{more_help}",
@@ -98,16 +100,16 @@ def parse_args(args: Sequence[str] | None = None, default: str = DEFAULT, more_h
 
 
 def _spell_unroll(args: Sequence[str]) -> list[str]:
-    """The options with --model.unroll as tyro reads a choice of three: it may be given as a switch, which it was."""
+    """The options with --compute.unroll as tyro reads a choice of three: it may also be given as a switch."""
     words = []
     for arg in args:
-        words += arg.split("=", 1) if arg.startswith("--model.unroll=") else [arg]
+        words += arg.split("=", 1) if arg.startswith("--compute.unroll=") else [arg]
     spelt = []
     for before, word, after in zip(["", *words], words, [*words[1:], "--"], strict=False):
-        if word in ("--model.no-unroll", "--model.no_unroll"):
-            spelt += ["--model.unroll", "False"]
-        elif word == "--model.unroll":
+        if word in ("--compute.no-unroll", "--compute.no_unroll"):
+            spelt += ["--compute.unroll", "False"]
+        elif word == "--compute.unroll":
             spelt += [word, *(["True"] if after.startswith("--") else [])]
         else:
-            spelt.append(word.capitalize() if before == "--model.unroll" and word != "auto" else word)
+            spelt.append(word.capitalize() if before == "--compute.unroll" and word != "auto" else word)
     return spelt

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from dit_jax.config.schema import (
+    ComputeConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -17,17 +18,27 @@ from dit_jax.config.schema import (
     OptimConfig,
     TrainConfig,
 )
+from dit_jax.config.upgrade import VERSION, upgraded
 
 
 def to_json(config: Config) -> str:
     """The config as indented JSON; `from_json` reads it back to an equal config."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """A config from its JSON; unknown keys, wrong types and numbers that are not finite raise ConfigError."""
+    """A config from its JSON, also from that of earlier versions.
+
+    Unknown keys, wrong types and numbers that are not finite raise ConfigError.
+    """
     import pydantic
 
+    try:
+        saved = json.loads(text)
+    except (ValueError, RecursionError):
+        saved = None  # pydantic says what is wrong with it
+    if isinstance(saved, dict):
+        text = json.dumps(upgraded(saved))
     try:
         return _reader().validate_json(text)
     except pydantic.ValidationError as error:
@@ -45,7 +56,8 @@ def _reader() -> Any:
     import pydantic
 
     strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    for cls in (ModelConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig, Config):
+    groups = (ModelConfig, ComputeConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
+    for cls in (*groups, Config):
         setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
     return pydantic.TypeAdapter(Config)
 

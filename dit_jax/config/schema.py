@@ -43,6 +43,25 @@ class ModelConfig:
     """Number of classes; 0 for an unconditional model."""
     class_dropout_prob: float = 0.1
     """Share of training labels replaced by the null label, for classifier-free guidance."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head, of a resolved config."""
+        assert self.hidden_size and self.num_heads
+        return self.hidden_size // self.num_heads
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of a latent, of a resolved config."""
+        assert self.patch_size
+        return (self.input_size[0] // self.patch_size) * (self.input_size[1] // self.patch_size)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the network is computed on the machine at hand. A run may change it at every start: what a checkpoint
+    holds does not depend on it."""
+
     dtype: Precision = "float32"
     """Compute precision. Parameters, norms' statistics, softmax, timestep embedding and loss stay float32."""
     quantization: Literal["none", "fp8"] = "none"
@@ -59,19 +78,7 @@ class ModelConfig:
     linear layers' and attention's outputs."""
     unroll: Literal[True, False, "auto"] = "auto"
     """Unroll the loop over layers: longer compilation, at times faster steps. auto: when sampling on a single CPU
-    device, where they are wide. Parameters keep their layout. Without a value true; --model.no-unroll is false."""
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of an attention head, of a resolved config."""
-        assert self.hidden_size and self.num_heads
-        return self.hidden_size // self.num_heads
-
-    @property
-    def num_tokens(self) -> int:
-        """Patches of a latent, of a resolved config."""
-        assert self.patch_size
-        return (self.input_size[0] // self.patch_size) * (self.input_size[1] // self.patch_size)
+    device, where they are wide. Parameters keep their layout. Without a value true; --compute.no-unroll is false."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +210,7 @@ class Config:
     """A training run of a Diffusion Transformer on precomputed VAE latents."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -37,7 +37,7 @@ def check_batch(config: Config, batch_size: int, guided: bool, devices: int) -> 
     m, room = config.model, device_memory()
     assert m.hidden_size
     width = m.hidden_size + int(m.hidden_size * m.mlp_ratio)
-    each = m.num_tokens * width * (2 if m.dtype == "bfloat16" else 4) * (2 if guided else 1)
+    each = m.num_tokens * width * (2 if config.compute.dtype == "bfloat16" else 4) * (2 if guided else 1)
     needed = -(-batch_size // devices) * each
     if room is not None and needed > room:
         raise ConfigError(

@@ -54,10 +54,10 @@ class SamplingOptions:
 
 def sampling_model(config: Config) -> DiT:
     """The network of a resolved config with kernels that this machine has: it may not be the one that trained."""
-    m = config.model
-    return build_model(config).clone(
-        attention="auto" if m.attention == "cudnn" else m.attention,
-        norm_kernel=m.norm_kernel if jax.default_backend() == "gpu" else "xla",
+    c = config.compute
+    return build_model(config).computed(
+        attention="auto" if c.attention == "cudnn" else c.attention,
+        norm_kernel=c.norm_kernel if jax.default_backend() == "gpu" else "xla",
     )
 
 
@@ -88,8 +88,8 @@ def make_latent_sampler(
     process = create_process(config.diffusion, respacing=str(options.steps))
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
     # Quantization is for training: its scales hang on the whole batch, and a sample must not.
-    unroll = model.unroll or unrolls(config.model.unroll, model.hidden_size, mesh)
-    split_model = model.clone(batch_sharding=split, quantization="none", unroll=unroll)
+    unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
+    split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
 
     kind = model.condition
 

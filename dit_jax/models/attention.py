@@ -6,6 +6,7 @@ Letters: B batch, N tokens, M context tokens, D width, H heads, K channels of a 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,31 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dit_jax.models import tokens_last
-from dit_jax.models.embeddings import Linear
+from dit_jax.models.compute import TOKENS_LAST, Compute
+from dit_jax.models.compute import resolve_attention as resolve_attention
+from dit_jax.models.kernels import tokens_last
+from dit_jax.models.linear import Linear
 
 Array = jax.Array
-TOKENS_LAST = ("tokens_last", "tokens_last_by_head")
-
-
-def resolve_attention(kernel: str, dtype: Any, num_tokens: int, head_dim: int, device: Any = None) -> str:
-    """The kernel that "auto" stands for on `device`, by default the first of the default backend: cudnn on a GPU in
-    bfloat16 (where it takes heads of `head_dim` channels), tokens_last on a TPU (by head where the tokens are many),
-    else einsum."""
-    if kernel != "auto":
-        return kernel
-    device = device or jax.devices()[0]
-    if device.platform in ("gpu", "cuda") and cudnn_serves(dtype, head_dim):
-        return "cudnn"
-    if device.platform == "tpu":
-        long = num_tokens > tokens_last.all_heads_up_to(device.device_kind)
-        return "tokens_last_by_head" if long else "tokens_last"
-    return "einsum"
-
-
-def cudnn_serves(dtype: Any, head_dim: int) -> bool:
-    """Whether cuDNN's attention takes heads of this type and number of channels, on every GPU that has it."""
-    return jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
 
 
 def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
@@ -55,47 +37,54 @@ def attend(q: Array, k: Array, v: Array, kernel: str) -> Array:
     return out.astype(v.dtype).transpose(0, 2, 1, 3)
 
 
+QueriesKeys = Callable[[Array, Array], tuple[Array, Array]]
+
+
 class SelfAttention(nn.Module):
-    """Self-attention with one fused projection to queries, keys and values."""
+    """Self-attention with one fused projection to queries, keys and values.
+
+    queries_keys: a part that makes what is compared of queries and keys, (B, N, H, K) each: a norm, a rotation.
+    """
 
     num_heads: int
-    kernel: str = "einsum"
-    dtype: Any = jnp.float32
-    heads_split: bool = False  # over devices: then they are not taken one by one, nor joined with other axes
-    quantization: str = "none"  # of the two projections
+    compute: Compute = Compute(attention="einsum")
+    queries_keys: QueriesKeys | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (B, N, D) -> (B, N, D)."""
-        d = x.shape[-1]
+        d, kernel = x.shape[-1], self.compute.attention
+        if kernel in TOKENS_LAST and self.queries_keys is not None:  # which is for another layout
+            kernel = "einsum"
         heads = (self.num_heads, d // self.num_heads)
-        linear = functools.partial(
-            Linear, dtype=self.dtype, quantization=self.quantization, as_matrix=not self.heads_split
-        )
+        linear = functools.partial(Linear, compute=self.compute, quantized=True)
         project_out = linear((d,), in_axes=2, name="proj")
-        if self.kernel in TOKENS_LAST:
-            q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.dtype, name="qkv")(x)
-            by_head = self.kernel == "tokens_last_by_head" and not self.heads_split
+        if kernel in TOKENS_LAST:
+            q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.compute.dtype, name="qkv")(x)
+            # Heads that are split over devices are not taken one by one.
+            by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
             return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
         qkv = linear((3, *heads), name="qkv")(x)  # (B, N, 3, H, K)
-        out = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.kernel)
-        # Named so that a remat policy can keep it; cuDNN's is kept with its statistics (`dit.REMAT_POLICIES`).
-        return project_out(out if self.kernel == "cudnn" else checkpoint_name(out, "attention"))
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+        if self.queries_keys is not None:
+            q, k = self.queries_keys(q, k)
+        out = attend(q, k, qkv[:, :, 2], kernel)
+        # Named so that a remat policy can keep it; cuDNN's is kept with its statistics (`layers.REMAT_POLICIES`).
+        return project_out(out if kernel == "cudnn" else checkpoint_name(out, "attention"))
 
 
 class CrossAttention(nn.Module):
     """Attention from tokens to a context sequence."""
 
     num_heads: int
-    dtype: Any = jnp.float32
-    heads_split: bool = False  # over devices
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """x (B, N, D), context (B, M, D) -> (B, N, D)."""
         d = x.shape[-1]
         heads = (self.num_heads, d // self.num_heads)
-        linear = functools.partial(Linear, dtype=self.dtype, as_matrix=not self.heads_split)
+        linear = functools.partial(Linear, compute=self.compute)
         q = linear(heads, name="q")(x)  # (B, N, H, K)
         kv = linear((2, *heads), name="kv")(context)  # (B, M, 2, H, K)
         out = attend(q, kv[:, :, 0], kv[:, :, 1], "einsum")  # M is 1 or 2: no fused kernel pays

@@ -60,11 +60,11 @@ def activation_bytes_per_image(config: Config) -> int:
 
     Without it (attention "einsum") the float32 logits and their softmax come on top.
     """
-    m = config.model
+    m, c = config.model, config.compute
     assert m.hidden_size and m.depth and m.num_heads
-    n, width = m.num_tokens, 2 if m.dtype == "bfloat16" else 4
-    kept = m.depth * _SAVED[m.remat] * n * m.hidden_size * width
-    if m.attention == "einsum" and m.remat == "none":
+    n, width = m.num_tokens, 2 if c.dtype == "bfloat16" else 4
+    kept = m.depth * _SAVED[c.remat] * n * m.hidden_size * width
+    if c.attention == "einsum" and c.remat == "none":
         kept += m.depth * m.num_heads * n * n * (4 + width)
     return kept
 

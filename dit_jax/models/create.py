@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.config import Config
+from dit_jax.models.compute import Compute
 from dit_jax.models.dit import DiT
 
 
 def build_model(config: Config, batch_sharding: Any = None) -> DiT:
-    """The network of a resolved config; `batch_sharding` as in `DiT`."""
-    m = config.model
+    """The network of a resolved config, computed as it says; `batch_sharding` as in `Compute`."""
+    m, c = config.model, config.compute
     assert m.patch_size and m.hidden_size and m.num_heads and m.depth
+    compute = Compute(
+        dtype=jnp.dtype(c.dtype),
+        attention=c.attention,
+        norm_kernel=c.norm_kernel,
+        quantization=c.quantization,
+        remat=c.remat,
+        unroll=c.unroll is True,  # what "auto" is in training; sampling has its own
+        batch_sharding=batch_sharding,
+    )
     return DiT(
         input_size=m.input_size,
         patch_size=m.patch_size,
@@ -27,13 +37,7 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         class_dropout_prob=m.class_dropout_prob,
         learn_sigma=config.diffusion.learn_sigma,
         conditioning=m.conditioning,
-        dtype=jnp.dtype(m.dtype),
-        quantization=m.quantization,
-        attention=m.attention,
-        norm_kernel=m.norm_kernel,
-        remat=m.remat,
-        unroll=m.unroll is True,  # what "auto" is in training; sampling has its own
-        batch_sharding=batch_sharding,
+        compute=compute,
     )
 
 

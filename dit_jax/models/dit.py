@@ -9,6 +9,7 @@ product outside the loop: they depend on the conditioning vector alone.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,69 +20,23 @@ import jax.numpy as jnp
 
 from dit_jax.conditions import LabelCondition
 from dit_jax.config import ConfigError
-from dit_jax.models.attention import resolve_attention
-from dit_jax.models.blocks import MODULATIONS, Block, split_batch, splits_inner_axes
-from dit_jax.models.embeddings import (
-    LabelEmbedder,
-    Linear,
-    TimestepEmbedder,
-    patchify,
-    sincos_positions,
-    unpatchify,
-)
-from dit_jax.models.fused_norm import check_norm_kernel
-from dit_jax.models.norms import AffineNorm, modulate
-from dit_jax.models.products import add_bias, product
+from dit_jax.models.blocks import MODULATIONS, Block, Modulation
+from dit_jax.models.compute import Compute
+from dit_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, patchify, unpatchify
+from dit_jax.models.kernels.fused_norm import check_norm_kernel
+from dit_jax.models.layers import layers
+from dit_jax.models.linear import Linear
+from dit_jax.models.parts import Parts
 
 Array = jax.Array
-
-
-def saves_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A remat policy that keeps what cuDNN's backward pass needs of its forward pass: the output, and the softmax's
-    statistics, which have no name."""
-    return bool(primitive.name == "dot_product_attention_fwd_wrapper")
-
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("linear"),
-    "dots_attention": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.save_only_these_names("linear", "attention"), saves_cudnn_attention
-    ),
-}
-
-
-class Modulation(nn.Module):
-    """SiLU, then a zero-initialised linear layer from the conditioning vector to adaLN's vectors."""
-
-    features: tuple[int, ...]
-    dtype: Any = jnp.float32
-    as_matrix: bool = True  # as of `Linear`
-
-    @nn.compact
-    def __call__(self, c: Array) -> Array:
-        """c (B, D) -> (B, *features)."""
-        zeros = nn.initializers.zeros
-        kernel = self.param("kernel", zeros, (c.shape[-1], *self.features), jnp.float32)
-        bias = self.param("bias", zeros, self.features, jnp.float32)
-        if self.as_matrix:
-            kernel = kernel.reshape(c.shape[-1], -1)
-        outputs = "efgh"[: kernel.ndim - 1]
-        out = product(nn.silu(c).astype(self.dtype), kernel, f"bd,d{outputs}->b{outputs}")
-        return add_bias(out.reshape(-1, *self.features), bias, [0])
 
 
 class DiT(nn.Module):
     """Diffusion Transformer: predicts noise (and a variance) from a noised latent, a timestep and a label.
 
     Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
-    `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `dtype` is the
-    precision of computation (parameters, norms, softmax and the conditioning vector stay float32);
-    `quantization` "fp8" computes the blocks' four large products (qkv, proj, fc1, fc2) in 8-bit floats, but with
-    attention "tokens_last", which has products of its own, in `dtype`;
-    `norm_kernel` "pallas" computes residual, gate, norm and modulation of a block in one kernel (see `fused_norm`);
-    `batch_sharding` (a `jax.sharding.Sharding` of the first axis, None on one device) is kept by the activations
-    of every block. Without it the compiler may split them along the width instead, as split parameters are.
+    `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `parts` are what its
+    blocks are made of; `compute` is how it is computed, of which its parameters do not depend.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -95,13 +50,19 @@ class DiT(nn.Module):
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     conditioning: str = "adaln_zero"
-    dtype: Any = jnp.float32
-    quantization: str = "none"
-    attention: str = "auto"
-    norm_kernel: str = "xla"
-    remat: str = "none"
-    unroll: bool = False
-    batch_sharding: Any = None
+    compute: Compute = Compute()
+    parts: Parts = Parts()
+
+    def computed(self, **options: Any) -> DiT:
+        """The same network, computed with these options of `Compute`."""
+        return self.clone(compute=dataclasses.replace(self.compute, **options))
+
+    def plain(self) -> DiT:
+        """The same network without kernels and derivatives written by hand.
+
+        It is what kernels are compared with, and has forward-mode derivatives (`jax.jvp`).
+        """
+        return self.clone(compute=self.compute.plainly())
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -134,43 +95,42 @@ class DiT(nn.Module):
         """x (B, H, W, C), t (B,) timesteps, y (B,) labels, or {"label": labels} -> (B, H, W, C or 2C) float32."""
         y = y["label"] if isinstance(y, Mapping) else y
         self._check(x, y)
-        d = self.hidden_size
-        tokens = Linear((d,), dtype=self.dtype, name="patch_embed")(patchify(x, self.patch_size))
-        positions = sincos_positions(*self.grid_size, d)
-        tokens = tokens + jnp.asarray(positions, self.dtype)[None]  # (B, N, D)
+        d, n = self.hidden_size, math.prod(self.grid_size)
+        compute = self.compute.resolved(n, d // self.num_heads)
+        tokens = Linear((d,), compute=compute, name="patch_embed")(patchify(x, self.patch_size))
+        positions = self.parts.positions(*self.grid_size, d)
+        tokens = tokens + jnp.asarray(positions, compute.dtype)[None]  # (B, N, D)
 
-        conditions = [TimestepEmbedder(d, name="t_embed")(t)]  # each (B, D), float32
+        conditions = [TimestepEmbedder(d, compute, name="t_embed")(t)]  # each (B, D), float32
         if y is not None and self.num_classes > 0:
             with_null = self.class_dropout_prob > 0
             conditions.append(LabelEmbedder(self.num_classes, d, with_null, name="y_embed")(y))
-        c = split_batch(sum(conditions[1:], conditions[0]), self.batch_sharding)
-        sequence = jnp.stack(conditions, axis=1).astype(self.dtype)  # (B, 1 or 2, D)
+        c = compute.split_batch(sum(conditions[1:], conditions[0]))
+        sequence = jnp.stack(conditions, axis=1).astype(compute.dtype)  # (B, 1 or 2, D)
 
         vectors = MODULATIONS[self.conditioning]
-        if self.conditioning == "in_context":
-            tokens = jnp.concatenate([tokens, sequence], axis=1)
         modulation = None
         if vectors:
-            as_matrix = not splits_inner_axes(self.batch_sharding)
-            modulation = Modulation((self.depth, vectors, d), self.dtype, as_matrix, name="adaln")(c)
+            modulation = Modulation((self.depth, vectors, d), compute, name="adaln")(c)
             modulation = modulation.swapaxes(0, 1)  # (L, B, 4 or 6, D)
+        if self.conditioning == "in_context":
+            tokens = jnp.concatenate([tokens, sequence], axis=1)
         context = sequence if self.conditioning == "cross_attention" else None
-        tokens, _ = self._blocks()(tokens, modulation, context)
-        tokens = split_batch(tokens, self.batch_sharding)
-        tokens = tokens[:, : self.grid_size[0] * self.grid_size[1]]  # in_context's extra tokens go
+        blocks = layers(Block, self.depth, compute)(
+            self.num_heads, int(d * self.mlp_ratio), self.conditioning, compute, self.parts, name="blocks"
+        )
+        tokens, _ = blocks(tokens, modulation, context)
+        tokens = compute.split_batch(tokens)[:, :n]  # in_context's extra tokens go
 
         if vectors:
-            shift, scale = jnp.moveaxis(
-                Modulation((2, d), self.dtype, as_matrix, name="final_adaln")(c), 1, 0
-            )
-            tokens = modulate(tokens, shift, scale, self.dtype)
+            shift, scale = jnp.moveaxis(Modulation((2, d), compute, name="final_adaln")(c), 1, 0)
+            tokens = self.parts.norm.modulate(tokens, shift, scale, compute)
         else:
-            tokens = AffineNorm(self.dtype, name="final_norm")(tokens)
-        features = (self.patch_size**2 * self.out_channels,)
+            tokens = self.parts.norm.affine(compute.dtype, name="final_norm")(tokens)
         final_linear = Linear(
-            features,
+            (self.patch_size**2 * self.out_channels,),
             kernel_init=nn.initializers.zeros,
-            dtype=self.dtype,
+            compute=compute,
             # Not rounded again: guidance takes the difference of two outputs that are nearly the same.
             result=jnp.float32,
             precision=jax.lax.Precision.HIGHEST,
@@ -178,43 +138,12 @@ class DiT(nn.Module):
         )
         return unpatchify(final_linear(tokens), self.patch_size, self.latent_size)
 
-    def _blocks(self) -> nn.Module:
-        """The scan over layers: (tokens, (L, B, k, D) modulation, context) -> (tokens, None)."""
-        block: Any = Block
-        if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=self.unroll)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=self.depth,
-            unroll=self.depth if self.unroll else 1,
-        )
-        return scanned(
-            num_heads=self.num_heads,
-            mlp_hidden=int(self.hidden_size * self.mlp_ratio),
-            conditioning=self.conditioning,
-            attention=resolve_attention(
-                self.attention, self.dtype, math.prod(self.grid_size), self.hidden_size // self.num_heads
-            ),
-            dtype=self.dtype,
-            quantization=self.quantization,
-            norm_kernel=self.norm_kernel,
-            batch_sharding=self.batch_sharding,
-            name="blocks",
-        )
-
     def _check(self, x: Array, y: Array | None) -> None:
         if self.conditioning not in MODULATIONS:
             raise ConfigError(
                 f"conditioning is {self.conditioning!r}; expected one of {', '.join(MODULATIONS)}"
             )
-        if self.remat != "none" and self.remat not in REMAT_POLICIES:
-            raise ConfigError(f"remat is {self.remat!r}; expected one of none, {', '.join(REMAT_POLICIES)}")
-        check_norm_kernel(self.norm_kernel, self.conditioning)
-        if self.quantization not in ("none", "fp8"):
-            raise ConfigError(f"quantization is {self.quantization!r}; expected none or fp8")
+        check_norm_kernel(self.compute.norm_kernel, self.conditioning)
         if any(side % self.patch_size for side in self.latent_size):
             raise ConfigError(
                 f"input_size {self.latent_size} is not divisible by patch_size {self.patch_size}"

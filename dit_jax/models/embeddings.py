@@ -1,96 +1,23 @@
-"""Embeddings of patches, timesteps, labels and positions, and the linear layer they share.
+"""Embeddings of patches, timesteps, labels and positions.
 
 Letters: B batch, N tokens, D width, P patch side, C latent channels, F frequency channels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
-from dit_jax.models import float8
-from dit_jax.models.products import add_bias, product
+from dit_jax.models.compute import Compute
+from dit_jax.models.linear import Linear
 
 Array = jax.Array
-Initializer = Callable[..., Array]
-
-
-def xavier_uniform_fused(in_axes: int) -> Initializer:
-    """Xavier-uniform on the kernel seen as one matrix: the first `in_axes` axes in, the others out.
-
-    The published DiT initialises the fused qkv matrix and the flattened patch projection this way.
-    """
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        fan_in, fan_out = math.prod(shape[:in_axes]), math.prod(shape[in_axes:])
-        bound = math.sqrt(6.0 / (fan_in + fan_out))
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-class Linear(nn.Module):
-    """A linear layer from the last axes of x to `features`, computed on flattened tokens.
-
-    Tokens are flattened to one axis before the product, so that the weight's gradient contracts a single
-    axis: backends make a plain matrix product of it. The kernel is stored with its axes apart, for sharding.
-    as_matrix: it is multiplied as one matrix, whose gradient comes out as the kernel is stored. Where a mesh splits
-    one of its inner axes (such as heads), this would gather it: there it must be False.
-    quantization: "fp8" computes that product in 8-bit floats (see `float8`); equations stay in `dtype`.
-    result: the type of the result (None: `dtype`), for a product in `dtype` that is not to be rounded to it.
-    precision: of a product in float32 (None: jax's default, less than float32 on accelerators).
-    """
-
-    features: tuple[int, ...]
-    in_axes: int = 1
-    kernel_init: Initializer | None = None
-    dtype: Any = jnp.float32
-    quantization: str = "none"
-    as_matrix: bool = True
-    result: Any = None
-    precision: Any = None
-
-    @nn.compact
-    def __call__(self, x: Array, equation: str = "") -> Array:
-        """x (..., *inputs) -> (..., *features); with an equation, x and the result are as it says."""
-        operands, _, of_out = equation.partition("->")
-        of_x, _, of_kernel = operands.partition(",")
-        sizes = dict(zip(of_x, x.shape, strict=False))
-        inputs = tuple(sizes[i] for i in of_kernel[: self.in_axes]) or x.shape[x.ndim - self.in_axes :]
-        init = self.kernel_init or xavier_uniform_fused(self.in_axes)
-        kernel = self.param("kernel", init, (*inputs, *self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
-        x = x.astype(self.dtype)
-        if equation:
-            outputs = of_kernel[self.in_axes :]
-            missing = [axis for axis, letter in enumerate(of_out) if letter not in outputs]
-            out = add_bias(product(x, kernel, equation, self.result, self.precision), bias, missing)
-        else:
-            out = add_bias(self._product(x.reshape(-1, *inputs), kernel), bias, [0])
-            out = out.reshape(*x.shape[: x.ndim - self.in_axes], *self.features)
-        # Named so that a remat policy can keep it with its bias.
-        return checkpoint_name(out, "linear")
-
-    def _product(self, tokens: Array, kernel: Array) -> Array:
-        """tokens (T, *inputs) times kernel (*inputs, *features) -> (T, *features)."""
-        if self.quantization == "fp8":
-            return float8.dot(tokens, kernel, self.in_axes)
-        if self.as_matrix:
-            rows = math.prod(tokens.shape[1:])
-            tokens, kernel = tokens.reshape(-1, rows), kernel.reshape(rows, -1)
-            out = product(tokens, kernel, "td,df->tf", self.result, self.precision)
-            return out.reshape(-1, *self.features)
-        letters = "abcdefgh"[: kernel.ndim]
-        inputs, outputs = letters[: self.in_axes], letters[self.in_axes :]
-        return product(tokens, kernel, f"t{inputs},{letters}->t{outputs}", self.result, self.precision)
 
 
 def patchify(x: Array, patch: int) -> Array:
@@ -140,6 +67,7 @@ class TimestepEmbedder(nn.Module):
     """Sinusoid, then an MLP 256 -> D -> D with SiLU, all in float32 on every device: it costs next to nothing."""
 
     hidden_size: int
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
@@ -148,6 +76,7 @@ class TimestepEmbedder(nn.Module):
             Linear,
             (self.hidden_size,),
             kernel_init=nn.initializers.normal(0.02),
+            compute=dataclasses.replace(self.compute, dtype=jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
         h = linear(name="fc1")(timestep_embedding(t))

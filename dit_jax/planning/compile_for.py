@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config, ConfigError
 from dit_jax.devices import peak_flops
 from dit_jax.models import cost
-from dit_jax.models.attention import resolve_attention
+from dit_jax.models.compute import resolve_attention
 from dit_jax.models.create import init_params
 from dit_jax.planning import hlo, timeline
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
@@ -204,7 +204,7 @@ def compile_training(config: Config, topology: str) -> Report:
         program.step.lower(program.state, batch),
         chip,
         training_advice(config, images // program.microbatches),
-        what=f"training step of {config.model.name}, {config.mesh.preset}, remat {config.model.remat}",
+        what=f"training step of {config.model.name}, {config.mesh.preset}, remat {config.compute.remat}",
         topology=topology,
         mesh=dict(mesh.shape),
         images=images,
@@ -247,27 +247,29 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
 
 def _for_tpu(config: Config, device: Any) -> Config:
     """The config with what "auto" means on this TPU; ConfigError where it asks for a GPU's kernel."""
-    if config.model.norm_kernel == "pallas":
-        raise ConfigError("--model.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for")
-    m = config.model
-    if m.attention == "cudnn":
-        raise ConfigError("--model.attention is cudnn, a kernel for GPUs; expected auto with --compile-for")
-    attention: Any = resolve_attention(m.attention, m.dtype, m.num_tokens, m.head_dim, device)
-    return replace(config, model=replace(m, attention=attention))
+    if config.compute.norm_kernel == "pallas":
+        raise ConfigError(
+            "--compute.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for"
+        )
+    m, c = config.model, config.compute
+    if c.attention == "cudnn":
+        raise ConfigError("--compute.attention is cudnn, a kernel for GPUs; expected auto with --compile-for")
+    attention: Any = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim, device)
+    return replace(config, compute=replace(c, attention=attention))
 
 
 def training_advice(config: Config, images: int) -> str:
     """What to change when a step with `images` images on a chip at once does not fit."""
     advice = []
-    if config.model.remat != "full":
-        advice.append("--model.remat full" if config.model.remat == "dots_attention" else
-                      "--model.remat dots_attention or full")  # fmt: skip
+    if config.compute.remat != "full":
+        advice.append("--compute.remat full" if config.compute.remat == "dots_attention" else
+                      "--compute.remat dots_attention or full")  # fmt: skip
     if config.mesh.preset in ("replicated", "zero1"):
         advice.append("--mesh.preset fsdp")
     if images > 1:
         advice.append(f"--train.microbatch {images // 2}")
-    if config.model.dtype != "bfloat16":
-        advice.append("--model.dtype bfloat16")
+    if config.compute.dtype != "bfloat16":
+        advice.append("--compute.dtype bfloat16")
     return "try " + ", ".join(advice or ["more chips"])
 
 
@@ -317,7 +319,7 @@ def _program_text(compiled: Any) -> str:
     except jax.errors.JaxRuntimeError as error:  # seen for unrolled layers on v6e
         raise ConfigError(
             "--compile-for: the step compiles and fits, but this libtpu's program cannot be written out to be read "
-            f"({str(error).splitlines()[0]}); other options, such as no --model.unroll, may help"
+            f"({str(error).splitlines()[0]}); other options, such as no --compute.unroll, may help"
         ) from None
 
 

@@ -11,7 +11,16 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from dit_jax.config import DIT_PATCHES, DIT_SIZES, Config, ConfigError, ModelConfig, load, resolve
+from dit_jax.config import (
+    DIT_PATCHES,
+    DIT_SIZES,
+    ComputeConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    load,
+    resolve,
+)
 from dit_jax.models.cost import (
     activation_bytes_per_image,
     forward_macs,
@@ -29,8 +38,8 @@ def family() -> list[Config]:
         Config(model=ModelConfig(name="DiT-XL/2", conditioning=c))
         for c in ("in_context", "cross_attention", "adaln")
     ]
-    bfloat16 = [dataclasses.replace(c, model=dataclasses.replace(c.model, dtype="bfloat16")) for c in configs]
-    return [resolve(c) for c in bfloat16]
+    bfloat16 = ComputeConfig(dtype="bfloat16")
+    return [resolve(dataclasses.replace(c, compute=bfloat16)) for c in configs]
 
 
 def table(configs: Sequence[Config], batch_per_device: int, devices: int) -> str:

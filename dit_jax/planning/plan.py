@@ -52,7 +52,7 @@ def describe_plan(config: Config) -> str:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit and sum(memory.values()) > limit:
         lines.append(
-            f"does not fit    a device has {limit / 1e9:.1f} GB: try --model.remat full, "
+            f"does not fit    a device has {limit / 1e9:.1f} GB: try --compute.remat full, "
             "--mesh.preset fsdp or a --train.microbatch"
         )
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from dit_jax.config import Config, ConfigError, from_json, to_json
+from dit_jax.config import ComputeConfig, Config, ConfigError, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import write_whole
 from dit_jax.processes import on_lead
@@ -23,7 +23,8 @@ from dit_jax.runs.checkpoint import CheckpointError
 
 # Options that may change when a run goes on; any other makes it another run.
 HARMLESS = {
-    "model": {"name", "attention", "norm_kernel", "remat", "unroll"},  # sizes count, not the name they came by
+    "model": {"name"},  # sizes count, not the name they came by
+    "compute": {field.name for field in dataclasses.fields(ComputeConfig)},
     "data": {"dir", "source", "cache", "workers", "vae"},  # another VAE is another dataset, which is refused
     "mesh": {"preset", "data", "fsdp", "tensor"},
     "train": {

@@ -17,7 +17,7 @@ from dit_jax.conditions import condition_of
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.process import Process
-from dit_jax.models.attention import TOKENS_LAST, cudnn_serves, resolve_attention
+from dit_jax.models.compute import TOKENS_LAST, cudnn_serves, resolve_attention
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
 from dit_jax.runs.state import TrainState
@@ -80,17 +80,17 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh, and when the
     attention kernel is not for this machine or leaves nothing to quantize.
     """
-    m = config.model
-    attention = resolve_attention(m.attention, m.dtype, m.num_tokens, m.head_dim)
-    if attention == "cudnn" and not (jax.default_backend() == "gpu" and cudnn_serves(m.dtype, m.head_dim)):
+    m, c = config.model, config.compute
+    attention = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim)
+    if attention == "cudnn" and not (jax.default_backend() == "gpu" and cudnn_serves(c.dtype, m.head_dim)):
         raise ConfigError(
-            f"--model.attention is cudnn on a {jax.default_backend()} in {m.dtype} with {m.head_dim} channels a head"
-            "; expected a GPU, bfloat16 and a multiple of 8 channels up to 128, or --model.attention auto"
+            f"--compute.attention is cudnn on a {jax.default_backend()} in {c.dtype} with {m.head_dim} channels a "
+            "head; expected a GPU, bfloat16 and a multiple of 8 channels up to 128, or --compute.attention auto"
         )
-    if m.quantization == "fp8" and attention in TOKENS_LAST:
+    if c.quantization == "fp8" and attention in TOKENS_LAST:
         raise ConfigError(
-            f"--model.quantization is fp8 with attention {attention} (on a TPU what auto means), which has "
-            "products of its own; expected none, or --model.attention einsum, xla or cudnn"
+            f"--compute.quantization is fp8 with attention {attention} (on a TPU what auto means), which has "
+            "products of its own; expected none, or --compute.attention einsum, xla or cudnn"
         )
     microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)
     heads = config.model.num_heads

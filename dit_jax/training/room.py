@@ -31,10 +31,10 @@ def check_room(config: Config, program: Program) -> None:
             f"state of {held / 1e9:.1f} GB {have}; expected a smaller model, or --mesh.preset fsdp on more devices"
         )
     # Whatever is computed anew in the backward pass, it starts from these.
-    model = dataclasses.replace(config.model, remat="full")
+    compute = dataclasses.replace(config.compute, remat="full")
     t, devices = config.train, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     images = t.batch_size // devices // program.microbatches
-    needed = images * cost.activation_bytes_per_image(dataclasses.replace(config, model=model))
+    needed = images * cost.activation_bytes_per_image(dataclasses.replace(config, compute=compute))
     if needed // mesh.shape["tensor"] > room:
         raise ConfigError(
             f"--train.batch-size is {t.batch_size}: {images} images at once, of {needed / 1e9:.1f} GB or more, "

@@ -199,7 +199,7 @@ def gradients_on(
     """`make_gradients` of the network's loss, added over the devices of the mesh as seldom as their memory allows."""
     if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
         # Not under the other presets: a device then has no room for all gradients, or not for all parameters.
-        alone = make_loss(model.clone(batch_sharding=None), process)
+        alone = make_loss(model.computed(batch_sharding=None), process)
         of_a_device = make_gradients(alone, microbatches, make_split(None), None)
         return add_over_devices_once(of_a_device, mesh, grad_shardings)
     return make_gradients(make_loss(model, process), microbatches, make_split(mesh), grad_shardings)

@@ -60,7 +60,7 @@ def test_a_benchmark_checks_times_and_writes(script, more, peers, tmp_path):
 
 @pytest.mark.slow
 def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
-    wrong = "import dit_jax.models.norms as b; b.EPSILON = 1.0; import harness; harness.plain = lambda c: c\n"
+    wrong = "import dit_jax.models.norms as b; b.EPSILON = 1.0; import harness\n"
     wrong += "import torch_dit"  # the peer keeps the right epsilon
     done = run("sample.py", *TINY, "--steps", "2", "--peer", "torch", "--only", "peer", out=tmp_path / "r.json",
                code=wrong)  # fmt: skip
@@ -199,16 +199,16 @@ def test_the_peers_bfloat16_step_is_its_float32_step_but_for_rounding(master):
     import torch
     import torch_peer
 
-    from dit_jax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+    from dit_jax.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
     def step(dtype, master):
         model = ModelConfig(
             name="DiT-S/2", depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=(8, 8),
-            dtype=dtype, num_classes=4,
+            num_classes=4,
         )  # fmt: skip
         config = Config(
-            model=model, data=DataConfig(), optim=OptimConfig(learning_rate=1e-3, ema_decay=0.5),
-            train=TrainConfig(batch_size=4),
+            model=model, compute=ComputeConfig(dtype=dtype), data=DataConfig(),
+            optim=OptimConfig(learning_rate=1e-3, ema_decay=0.5), train=TrainConfig(batch_size=4),
         )  # fmt: skip
         torch.manual_seed(0)
         one = torch_peer.TrainStep(torch_peer.torch_network(config), "torch", config, "none", 1.0, master)

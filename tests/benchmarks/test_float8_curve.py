@@ -18,11 +18,11 @@ def test_runs_differ_in_precision_alone(tmp_path):
     )
     configs = {name: float8_curve.run_config(args, name, 0) for name in float8_curve.PRECISIONS}
     assert len({config.train.workdir for config in configs.values()}) == 3
-    assert configs["fp8"].model.quantization == "fp8" and configs["fp8"].model.dtype == "bfloat16"
+    assert configs["fp8"].compute.quantization == "fp8" and configs["fp8"].compute.dtype == "bfloat16"
     for config in configs.values():
-        model = dataclasses.replace(config.model, dtype="float32", quantization="none")
+        compute = dataclasses.replace(config.compute, dtype="float32", quantization="none")
         train = dataclasses.replace(config.train, workdir=configs["float32"].train.workdir)
-        assert dataclasses.replace(config, model=model, train=train) == configs["float32"]
+        assert dataclasses.replace(config, compute=compute, train=train) == configs["float32"]
     assert float8_curve.run_config(args, "float32", 2).train.seed == configs["float32"].train.seed + 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from dit_jax.conditions import label_numbers
-from dit_jax.config import Config, ConfigError, DiffusionConfig, ModelConfig, resolve
+from dit_jax.config import ComputeConfig, Config, ConfigError, DiffusionConfig, ModelConfig, resolve
 from dit_jax.generation import sampling
 from dit_jax.generation.sampling import (
     SamplingOptions,
@@ -88,7 +88,7 @@ def test_sample_17_is_the_same_on_eight_devices(model_and_params, all_latents):
 
 def test_a_network_trained_in_8_bits_is_sampled_without(model_and_params):
     model, params = model_and_params
-    sampler = make_latent_sampler(model.clone(quantization="fp8"), CONFIG, OPTIONS, one_device())
+    sampler = make_latent_sampler(model.computed(quantization="fp8"), CONFIG, OPTIONS, one_device())
     index = np.zeros(1, np.int32)
     assert "f8E4M3" not in sampler.lower(params, 3, index, index).as_text()
 
@@ -168,14 +168,14 @@ def test_labels_that_may_mean_two_classes_are_refused():
 
 
 def test_a_run_trained_with_a_gpus_kernels_is_sampled_without_a_gpu(model_and_params):
-    trained = dataclasses.replace(CONFIG.model, attention="cudnn", norm_kernel="pallas", dtype="bfloat16")
-    plain = dataclasses.replace(CONFIG.model, dtype="bfloat16")
+    trained = ComputeConfig(attention="cudnn", norm_kernel="pallas", dtype="bfloat16")
+    plain = ComputeConfig(dtype="bfloat16")
     x, t = jnp.ones((1, 4, 4, 4)), jnp.ones(1, jnp.int32)
     found, expected = (
-        sampling_model(dataclasses.replace(CONFIG, model=model)).apply(
+        sampling_model(dataclasses.replace(CONFIG, compute=compute)).apply(
             {"params": model_and_params[1]}, x, t, t
         )
-        for model in (trained, plain)
+        for compute in (trained, plain)
     )
     np.testing.assert_array_equal(found, expected)
 
@@ -196,8 +196,8 @@ def test_wide_layers_unroll_by_themselves_where_one_cpu_device_samples(monkeypat
 
     def loops(unroll, width):
         monkeypatch.setattr(sampling, "UNROLLED_WIDTH", width)
-        model = dataclasses.replace(CONFIG.model, depth=3, unroll=unroll)
-        config = dataclasses.replace(CONFIG, model=model)
+        model = dataclasses.replace(CONFIG.model, depth=3)
+        config = dataclasses.replace(CONFIG, model=model, compute=ComputeConfig(unroll=unroll))
         options = SamplingOptions(steps=5 + width)  # programs are kept by their arguments
         network = build_model(config)
         shapes = jax.eval_shape(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dit_jax.models.attention import attend
-from dit_jax.models.blocks import gelu
+from dit_jax.models.kernels.derivatives import gelu
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

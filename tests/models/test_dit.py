@@ -11,9 +11,9 @@ import pytest
 from dit_jax import DiT
 from dit_jax.config import ConfigError
 from dit_jax.interop.official import params_from_state_dict
-from dit_jax.models import tokens_last
 from dit_jax.models.attention import resolve_attention
 from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
+from dit_jax.models.kernels import tokens_last
 from dit_jax.models.norms import normalize
 
 CONDITIONINGS = ["in_context", "cross_attention", "adaln", "adaln_zero"]
@@ -68,24 +68,26 @@ def test_unrolling_and_recomputation_change_neither_output_nor_gradient(conditio
 
     expected = value_and_grad(plain)
     for options in ({"unroll": True}, {"remat": "full"}, {"remat": "dots_attention", "unroll": True}):
-        found = value_and_grad(DiT(**TINY, conditioning=conditioning, **options))
+        found = value_and_grad(DiT(**TINY, conditioning=conditioning).computed(**options))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
 VARIANTS = {
-    "adaln_zero": {},
-    "adaln, tokens last": {"conditioning": "adaln", "attention": "tokens_last"},
-    "in_context, scan": {"conditioning": "in_context", "remat": "full"},
-    "cross_attention": {"conditioning": "cross_attention"},
-    "fp8": {"quantization": "fp8"},
+    "adaln_zero": ("adaln_zero", {}),
+    "adaln, tokens last": ("adaln", {"attention": "tokens_last"}),
+    "in_context, scan": ("in_context", {"remat": "full"}),
+    "cross_attention": ("cross_attention", {}),
+    "fp8": ("adaln_zero", {"quantization": "fp8"}),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_gradient_of_a_bfloat16_network_is_rounded_to_bfloat16(variant):
     """They are still to be added up over devices and microbatches."""
-    model = DiT(**TINY, **VARIANTS[variant], dtype=jnp.bfloat16)
-    params, (x, t, y) = random_params(DiT(**TINY, **VARIANTS[variant])), batch()
+    conditioning, options = VARIANTS[variant]
+    network = DiT(**TINY, conditioning=conditioning)
+    model = network.computed(**options, dtype=jnp.bfloat16)
+    params, (x, t, y) = random_params(network), batch()
     grads = jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))))(params)
 
     def check(path, grad):
@@ -101,7 +103,7 @@ def test_no_gradient_of_a_bfloat16_network_is_rounded_to_bfloat16(variant):
 
 def test_the_output_of_a_bfloat16_network_is_not_rounded_to_bfloat16():
     """Guidance takes the difference of two that are nearly the same."""
-    model, (x, t, y) = DiT(**TINY, dtype=jnp.bfloat16), batch()
+    model, (x, t, y) = DiT(**TINY).computed(dtype=jnp.bfloat16), batch()
     params = random_params(DiT(**TINY))
     out = model.apply({"params": params}, x, t, y)
     assert np.mean(np.asarray(out) != np.asarray(out.astype(jnp.bfloat16), np.float32)) > 0.9
@@ -185,7 +187,9 @@ def test_bfloat16_compute_stays_near_float32_with_float32_parameters(conditionin
     params = random_params(exact)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     expected = exact.apply({"params": params}, x, t, y)
-    out = DiT(**TINY, conditioning=conditioning, dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
+    out = (
+        DiT(**TINY, conditioning=conditioning).computed(dtype=jnp.bfloat16).apply({"params": params}, x, t, y)
+    )
     assert out.dtype == jnp.float32
     error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
     assert 1e-5 < error < 0.03  # bfloat16 was used, and harms little
@@ -195,8 +199,8 @@ def test_bfloat16_compute_stays_near_float32_with_float32_parameters(conditionin
 def test_attention_kernels_agree(kernel):
     x, t, y = batch()
     params = random_params(DiT(**TINY))
-    expected = DiT(**TINY, attention="einsum").apply({"params": params}, x, t, y)
-    found = DiT(**TINY, attention=kernel).apply({"params": params}, x, t, y)
+    expected = DiT(**TINY).computed(attention="einsum").apply({"params": params}, x, t, y)
+    found = DiT(**TINY).computed(attention=kernel).apply({"params": params}, x, t, y)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -228,8 +232,8 @@ def test_gradients_of_the_tpu_layout_are_those_of_the_plain_one(remat):
     def gradient(model):
         return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))))(params)
 
-    expected = gradient(DiT(**TINY, attention="einsum"))
-    found = gradient(DiT(**TINY, attention="tokens_last", remat=remat))
+    expected = gradient(DiT(**TINY).computed(attention="einsum"))
+    found = gradient(DiT(**TINY).computed(attention="tokens_last", remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
@@ -249,7 +253,7 @@ def test_one_head_at_a_time_changes_neither_output_nor_gradient():
     params = random_params(DiT(**TINY))
 
     def value_and_grad(attention):
-        model = DiT(**TINY, attention=attention, remat="dots_attention")
+        model = DiT(**TINY).computed(attention=attention, remat="dots_attention")
         loss = lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, x, t, y)))  # noqa: E731
         return str(jax.make_jaxpr(loss)(params)).count("scan["), jax.jit(jax.value_and_grad(loss))(params)
 
@@ -297,12 +301,17 @@ def test_a_label_outside_the_table_is_not_silently_another_class():
         ({"patch_size": 5}, r"input_size \(8, 12\) is not divisible by patch_size 5"),
         ({"num_heads": 5}, "hidden_size 32 is not divisible by num_heads 5"),
         ({"conditioning": "film"}, "conditioning is 'film'"),
-        ({"remat": "some"}, "remat is 'some'"),
     ],
 )
 def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         DiT(**TINY | options).init(jax.random.key(0), *batch())
+
+
+@pytest.mark.parametrize("option", ["remat", "quantization", "norm_kernel"])
+def test_a_way_to_compute_that_there_is_not_is_refused(option):
+    with pytest.raises(ConfigError, match=f"--compute.{option.replace('_', '-')} is 'some'; expected "):
+        DiT(**TINY).computed(**{option: "some"})
 
 
 def test_wrong_inputs_are_refused():
@@ -321,10 +330,10 @@ def test_cudnn_attention_is_computed_once_where_remat_keeps_it(monkeypatch, rema
     )
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # traced only: no GPU is needed
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda *_: True)
-    model = DiT(**TINY | {"hidden_size": 128, "num_heads": 2}, dtype=jnp.bfloat16, remat=remat)
+    model = DiT(**TINY | {"hidden_size": 128, "num_heads": 2}).computed(dtype=jnp.bfloat16, remat=remat)
     x, t, y = batch()
-    params = jax.eval_shape(model.clone(remat="none").init, jax.random.key(0), x, t, y)["params"]
-    fused = model.clone(attention="cudnn")
+    params = jax.eval_shape(model.computed(remat="none").init, jax.random.key(0), x, t, y)["params"]
+    fused = model.computed(attention="cudnn")
     gradient = jax.grad(lambda p: fused.apply({"params": p}, x, t, y).sum())
     program = str(jax.make_jaxpr(gradient)(params))
     assert program.count("dot_product_attention_fwd_wrapper[") == forward_passes

@@ -10,15 +10,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax import DiT
-from dit_jax.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
-from dit_jax.models import float8
+from dit_jax.config import ComputeConfig, Config, ConfigError, MeshConfig, ModelConfig, resolve
+from dit_jax.models.kernels import float8
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import make_mesh
 
 E4M3, E5M2 = 2.0**-4, 2.0**-3  # largest relative rounding error of a normal number: 3 and 2 bits of mantissa
 TINY = dict(
     input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=4, num_classes=5,
-    attention="einsum",
 )  # fmt: skip
 SHAPES = {1: ((64, 48), (48, 3, 16), (64, 3, 16)), 2: ((64, 4, 12), (4, 12, 32), (64, 32))}
 
@@ -159,19 +158,19 @@ def products(model):
 
 @pytest.mark.parametrize("conditioning", ["in_context", "cross_attention", "adaln", "adaln_zero"])
 def test_the_four_large_products_and_no_others_are_in_8_bits(conditioning):
-    model = DiT(**TINY, conditioning=conditioning, dtype=jnp.bfloat16)
-    plain, quantized = products(model), products(model.clone(quantization="fp8"))
+    model = DiT(**TINY, conditioning=conditioning).computed(dtype=jnp.bfloat16, attention="einsum")
+    plain, quantized = products(model), products(model.computed(quantization="fp8"))
     assert plain["forward"] == plain["backward"] == 0
     assert quantized == {"forward": 4, "backward": 8, "other": plain["other"] - 12}
     # What a remat policy keeps of a linear layer is not multiplied again.
-    assert products(model.clone(quantization="fp8", remat="dots_attention"))["forward"] == 4
-    assert products(model.clone(quantization="fp8", remat="full"))["forward"] > 4
+    assert products(model.computed(quantization="fp8", remat="dots_attention"))["forward"] == 4
+    assert products(model.computed(quantization="fp8", remat="full"))["forward"] > 4
 
 
 @pytest.mark.slow
 def test_a_tiny_network_learns_as_without():
     def losses(quantization):
-        model = DiT(**TINY, quantization=quantization)
+        model = DiT(**TINY).computed(quantization=quantization, attention="einsum")
         optimizer = optax.adam(3e-3)
         objective = squared_error(model)
         params = DiT(**TINY).init(jax.random.key(0), *batch())["params"]
@@ -192,11 +191,12 @@ def test_a_tiny_network_learns_as_without():
 
 def test_options_that_cannot_work_are_refused():
     with pytest.raises(ConfigError, match="quantization is 'int8'; expected none or fp8"):
-        jax.eval_shape(DiT(**TINY, quantization="int8").init, jax.random.key(0), *batch())
+        DiT(**TINY).computed(quantization="int8")
     sizes = dict(name="DiT-S/2", input_size=(8, 8), depth=2, hidden_size=32, num_heads=4)
-    config = resolve(Config(model=ModelConfig(**sizes, quantization="fp8", attention="tokens_last")))
+    compute = ComputeConfig(quantization="fp8", attention="tokens_last")
+    config = resolve(Config(model=ModelConfig(**sizes), compute=compute))
     with pytest.raises(ConfigError, match="quantization is fp8 with attention tokens_last"):
         build_program(config, make_mesh(MeshConfig()), scaling_factor=1.0, shift_factor=0.0)
-    config = resolve(Config(model=ModelConfig(**sizes, attention="cudnn")))
+    config = resolve(Config(model=ModelConfig(**sizes), compute=ComputeConfig(attention="cudnn")))
     with pytest.raises(ConfigError, match="attention is cudnn on a cpu in float32 with 8 channels a head"):
         build_program(config, make_mesh(MeshConfig()), scaling_factor=1.0, shift_factor=0.0)

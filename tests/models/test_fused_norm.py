@@ -16,17 +16,16 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from dit_jax.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
-from dit_jax.models import fused_norm
+from dit_jax.config import ComputeConfig, Config, ConfigError, MeshConfig, ModelConfig, resolve
 from dit_jax.models.create import build_model
-from dit_jax.models.fused_norm import gate_residual_modulate
+from dit_jax.models.kernels import fused_norm
+from dit_jax.models.kernels.fused_norm import gate_residual_modulate
 from dit_jax.models.norms import add_gated
 from dit_jax.planning import compile_for
 from dit_jax.training.sharding import batch_sharding, make_mesh
 
-TINY = ModelConfig(
-    depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=(6, 6), num_classes=3, norm_kernel="pallas"
-)
+TINY = ModelConfig(depth=2, hidden_size=32, num_heads=2, patch_size=2, input_size=(6, 6), num_classes=3)
+PALLAS = ComputeConfig(norm_kernel="pallas")
 
 
 def formula(x, branch, gate, shift, scale):
@@ -131,9 +130,7 @@ def loss_and_gradient(config, params, preset=None):
 
 
 def random_params(config):
-    model = build_model(
-        dataclasses.replace(config, model=dataclasses.replace(config.model, norm_kernel="xla"))
-    )
+    model = build_model(dataclasses.replace(config, compute=ComputeConfig()))
     x, t = jnp.zeros((1, *config.model.input_size, 4)), jnp.zeros(1, jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x, t, t)["params"]
     rng = np.random.default_rng(0)
@@ -141,15 +138,16 @@ def random_params(config):
 
 
 @pytest.mark.parametrize(
-    ("options", "preset"),
+    ("conditioning", "options", "preset"),
     [
-        ({}, None), ({"conditioning": "adaln", "unroll": True}, None),
-        ({"remat": "dots_attention"}, "fsdp_tensor"),
+        ("adaln_zero", {}, None), ("adaln", {"unroll": True}, None),
+        ("adaln_zero", {"remat": "dots_attention"}, "fsdp_tensor"),
     ],
 )  # fmt: skip
-def test_a_model_has_the_same_loss_and_gradient(options, preset):
-    config = resolve(Config(model=dataclasses.replace(TINY, **options)))
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, norm_kernel="xla"))
+def test_a_model_has_the_same_loss_and_gradient(conditioning, options, preset):
+    compute = ComputeConfig(norm_kernel="pallas", **options)
+    config = resolve(Config(model=dataclasses.replace(TINY, conditioning=conditioning), compute=compute))
+    plain = dataclasses.replace(config, compute=dataclasses.replace(compute, norm_kernel="xla"))
     params = random_params(config)
     loss, grads = loss_and_gradient(config, params, preset)
     expected_loss, expected = loss_and_gradient(plain, params)
@@ -182,14 +180,16 @@ def test_a_row_is_cut_into_powers_of_two(width):
 
 
 def test_what_it_cannot_serve_is_refused(monkeypatch):
-    with pytest.raises(ConfigError, match=r"--model.norm-kernel is pallas; expected xla, .* in_context"):
-        resolve(Config(model=dataclasses.replace(TINY, conditioning="in_context")))
-    with pytest.raises(ConfigError, match=r"--model.norm-kernel is pallas; expected xla, .* cross_attention"):
+    with pytest.raises(ConfigError, match=r"--compute.norm-kernel is pallas; expected xla, .* in_context"):
+        resolve(Config(model=dataclasses.replace(TINY, conditioning="in_context"), compute=PALLAS))
+    with pytest.raises(
+        ConfigError, match=r"--compute.norm-kernel is pallas; expected xla, .* cross_attention"
+    ):
         fused_norm.check_norm_kernel("pallas", "cross_attention")
     with pytest.raises(ConfigError, match="'cuda'; expected xla or pallas"):
         fused_norm.check_norm_kernel("cuda", "adaln")
     with pytest.raises(ConfigError, match="expected xla with --compile-for"):
-        compile_for._for_tpu(Config(model=TINY), device=None)
+        compile_for._for_tpu(Config(model=TINY, compute=PALLAS), device=None)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(ConfigError, match="for GPUs"):
         fused_norm.check_norm_kernel("pallas", "adaln_zero")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.models.norms import modulate
+from dit_jax.models.kernels.derivatives import modulate
 
 
 def plain_modulate(x, shift, scale):

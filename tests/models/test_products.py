@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.models.products import add_bias, product
+from dit_jax.models.kernels.products import add_bias, product
 
 SHAPES = {  # equation -> shapes of x and kernel
     "td,df->tf": ((40, 8), (8, 12)),

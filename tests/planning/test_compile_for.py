@@ -40,8 +40,9 @@ def compiled(compiler, tiny):
 
     @functools.cache
     def report(topology, preset):
-        model = {"hidden_size": 64, "dtype": "bfloat16", "remat": "dots_attention"}
-        return compile_training(tiny.config(model=model, mesh={"preset": preset}), topology)
+        compute = {"dtype": "bfloat16", "remat": "dots_attention"}
+        config = tiny.config(model={"hidden_size": 64}, compute=compute, mesh={"preset": preset})
+        return compile_training(config, topology)
 
     return report
 
@@ -78,7 +79,7 @@ def test_the_update_is_one_pass_over_each_parameter(compiled, tiny, preset):
 def test_products_with_split_parameters_stay_whole(compiler, tiny):
     """A collective matmul would cut them into slivers and pass these around by collective permutes."""
     config = tiny.config(
-        model={"hidden_size": 512, "mlp_ratio": 4.0, "dtype": "bfloat16", "input_size": (32, 32)},
+        model={"hidden_size": 512, "mlp_ratio": 4.0, "input_size": (32, 32)}, compute={"dtype": "bfloat16"},
         mesh={"preset": "fsdp"}, train={"batch_size": 64},
     )  # fmt: skip
     kinds = {c.kind: c.count for c in compile_training(config, "v5e:2x4").collectives}
@@ -158,7 +159,7 @@ def test_splitting_the_state_saves_memory_of_each_part(compiled, topology):
 @pytest.mark.slow
 def test_a_sampling_loop_compiles(compiler, tiny):
     options = SamplingOptions(steps=4, cfg_scale=1.5)
-    report = compile_sampling(tiny.config(model={"dtype": "bfloat16"}), options, 12, "v5e:2x4")
+    report = compile_sampling(tiny.config(compute={"dtype": "bfloat16"}), options, 12, "v5e:2x4")
     assert report.images == 2  # 12 samples are filled up to 16, two on each of 8 chips
     assert any(o.times == 4 * 2 for o in report.operations)  # 4 steps of 2 layers, guided pairs in one batch
     assert 0 < report.mfu < 1 and 0 < report.total_bytes < report.chip.hbm_gib * 2**30
@@ -171,8 +172,8 @@ def refusal(config, capsys):
 
 def test_a_step_that_does_not_fit_ends_with_advice(compiler, tiny, capsys):
     error = refusal(tiny.config(model={"input_size": (64, 64)}, train={"batch_size": 2**16}), capsys)
-    for part in ("train.py: does not fit: the program needs", "v5e chip", "--model.remat", "--mesh.preset fsdp",
-                 "--train.microbatch 4096", "--model.dtype bfloat16"):  # fmt: skip
+    for part in ("train.py: does not fit: the program needs", "v5e chip", "--compute.remat", "--mesh.preset fsdp",
+                 "--train.microbatch 4096", "--compute.dtype bfloat16"):  # fmt: skip
         assert part in error
 
 
@@ -198,6 +199,6 @@ def test_an_unknown_topology_is_an_error_that_names_it(compiler, topology):
 
 
 def test_attention_of_a_gpu_is_refused(compiler, tiny):
-    config = tiny.config(model={"attention": "cudnn"})
+    config = tiny.config(compute={"attention": "cudnn"})
     with pytest.raises(ConfigError, match="attention is cudnn, a kernel for GPUs; expected auto"):
         compile_sampling(config, SamplingOptions(), 4, "v5e:2x2")

@@ -62,8 +62,8 @@ def test_conditionings_are_the_papers(conditioning, gmacs, params):
 
 @pytest.mark.parametrize("conditioning", ["in_context", "cross_attention", "adaln", "adaln_zero"])
 def test_xla_counts_the_same(conditioning):
-    config = named("DiT-B/4", depth=2, conditioning=conditioning, unroll=True, attention="einsum")
-    model = build_model(config)
+    config = named("DiT-B/4", depth=2, conditioning=conditioning)
+    model = build_model(config).computed(unroll=True, attention="einsum")
     x, t = jnp.zeros((1, 32, 32, 4)), jnp.zeros(1, jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), x, t, t)
     counted = jax.jit(model.apply).lower(shapes, x, t, t).cost_analysis()["flops"]

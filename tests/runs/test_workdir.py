@@ -9,8 +9,10 @@ from dit_jax.runs.workdir import check_same_run, check_workdir
 @pytest.mark.parametrize(
     ("group", "option", "value"),
     [
-        ("model", "norm_kernel", "pallas"),
-        ("model", "attention", "xla"),
+        ("compute", "norm_kernel", "pallas"),
+        ("compute", "attention", "xla"),
+        ("compute", "dtype", "bfloat16"),
+        ("compute", "quantization", "fp8"),
         ("model", "name", "DiT-B/2"),  # every size is given
         ("data", "vae", "elsewhere"),
         ("train", "keep", 9),
@@ -28,8 +30,6 @@ def test_what_changes_no_mathematics_may_change(tiny, group, option, value):
 @pytest.mark.parametrize(
     ("group", "option", "value"),
     [
-        ("model", "dtype", "bfloat16"),
-        ("model", "quantization", "fp8"),
         ("model", "depth", 3),
         ("diffusion", "loss", "rescaled_mse"),
         ("optim", "eps", 1e-5),

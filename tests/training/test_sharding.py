@@ -54,7 +54,7 @@ def test_eight_devices_agree_with_one(tiny, preset, conditioning):
 def test_eight_devices_agree_with_one_in_bfloat16(tiny, one_device_in_bfloat16, preset):
     """Gradients are added over the devices in float32: a sum in bfloat16 would be off by 3e-3 and more."""
     start, one_state, one_metrics = one_device_in_bfloat16
-    state, metrics, _ = tiny.run(tiny.config(model={"dtype": "bfloat16"}, mesh=MESHES[preset]), 8, 1, start)
+    state, metrics, _ = tiny.run(tiny.config(compute={"dtype": "bfloat16"}, mesh=MESHES[preset]), 8, 1, start)
     np.testing.assert_allclose(metrics[0]["loss"], one_metrics[0]["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["grad_norm"], one_metrics[0]["grad_norm"], rtol=1e-4)
     found, expected = (s.opt_state[1][0].mu for s in (state, one_state))  # 0.1 x the clipped gradient
@@ -64,7 +64,7 @@ def test_eight_devices_agree_with_one_in_bfloat16(tiny, one_device_in_bfloat16, 
 @pytest.fixture(scope="module")
 def one_device_in_bfloat16(tiny):
     """(a state whose last layers are not zero, the state after one step on one device, that step's metrics)."""
-    config = tiny.config(model={"dtype": "bfloat16"})
+    config = tiny.config(compute={"dtype": "bfloat16"})
     state, _, _ = tiny.run(config, 1, 3)
     start = jax.device_get(state)
     return start, *tiny.run(config, 1, 1, start)[:2]

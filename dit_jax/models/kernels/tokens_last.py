@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dit_jax.models.embeddings import xavier_uniform_fused
-from dit_jax.models.products import add_bias, wide_einsum
+from dit_jax.models.initializers import xavier_uniform_fused
+from dit_jax.models.kernels.products import add_bias, wide_einsum
 
 Array = jax.Array
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway

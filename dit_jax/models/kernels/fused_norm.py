@@ -42,16 +42,16 @@ FORWARD_TOKENS, BACKWARD_TOKENS = 8, 32
 def check_norm_kernel(kernel: str, conditioning: str) -> None:
     """ConfigError unless the kernel ("xla" or "pallas") serves this conditioning on the default backend."""
     if kernel not in ("xla", "pallas"):
-        raise ConfigError(f"--model.norm-kernel is {kernel!r}; expected xla or pallas")
+        raise ConfigError(f"--compute.norm-kernel is {kernel!r}; expected xla or pallas")
     if kernel == "xla":
         return
     if conditioning not in ("adaln", "adaln_zero"):
         raise ConfigError(
-            f"--model.norm-kernel is pallas; expected xla, because --model.conditioning is {conditioning}"
+            f"--compute.norm-kernel is pallas; expected xla, because --model.conditioning is {conditioning}"
         )
     if jax.default_backend() == "tpu":
         raise ConfigError(
-            "--model.norm-kernel is pallas; expected xla on a TPU, because the kernel is for GPUs"
+            "--compute.norm-kernel is pallas; expected xla on a TPU, because the kernel is for GPUs"
         )
 
 

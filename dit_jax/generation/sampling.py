@@ -53,12 +53,9 @@ class SamplingOptions:
 
 
 def sampling_model(config: Config) -> DiT:
-    """The network of a resolved config with kernels that this machine has: it may not be the one that trained."""
-    c = config.compute
-    return build_model(config).computed(
-        attention="auto" if c.attention == "cudnn" else c.attention,
-        norm_kernel=c.norm_kernel if jax.default_backend() == "gpu" else "xla",
-    )
+    """The network of a resolved config, computed as this machine can: it may not be the one that trained."""
+    model = build_model(config)
+    return model.clone(compute=model.compute.served_by(jax.default_backend()))
 
 
 # Narrower layers are compiled longer than a few batches take (docs/performance.md, "CPU").

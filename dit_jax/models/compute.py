@@ -72,6 +72,15 @@ class Compute:
         kernel = resolve_attention(self.attention, self.dtype, num_tokens, head_dim, device)
         return dataclasses.replace(self, attention=kernel)
 
+    def served_by(self, platform: str) -> Compute:
+        """With kernels that `platform` (jax's name of a kind of hardware) has: not every machine is the one that
+        trained."""
+        return dataclasses.replace(
+            self,
+            attention="auto" if self.attention == "cudnn" else self.attention,
+            norm_kernel=self.norm_kernel if platform == "gpu" else "xla",
+        )
+
     # ------------------------------------------------------------------------------------------- devices
 
     def split_batch(self, tree: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_jax.diffusion.flow import FlowMatching
     from dit_jax.diffusion.gaussian import GaussianDiffusion
-    from dit_jax.diffusion.samplers import sample_ddim, sample_ddpm
     from dit_jax.models.dit import DiT
+    from dit_jax.samplers.ancestral import sample_ddpm
+    from dit_jax.samplers.ddim import sample_ddim
     from dit_jax.samplers.ode import sample_ode
     from dit_jax.samplers.sde import sample_sde
 
@@ -27,8 +28,8 @@ _HOME = {
     "DiT": "dit_jax.models.dit",
     "FlowMatching": "dit_jax.diffusion.flow",
     "GaussianDiffusion": "dit_jax.diffusion.gaussian",
-    "sample_ddim": "dit_jax.diffusion.samplers",
-    "sample_ddpm": "dit_jax.diffusion.samplers",
+    "sample_ddim": "dit_jax.samplers.ddim",
+    "sample_ddpm": "dit_jax.samplers.ancestral",
     "sample_ode": "dit_jax.samplers.ode",
     "sample_sde": "dit_jax.samplers.sde",
 }

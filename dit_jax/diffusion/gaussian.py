@@ -12,7 +12,7 @@ t is (B,) int32, a step of *this* process, 0 (least noise) to T - 1; the network
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -100,9 +100,13 @@ class GaussianDiffusion(Process):
         """
         alphas_cumprod = np.cumprod(1 - make_betas(schedule, num_timesteps))
         kept = space_timesteps(num_timesteps, respacing)
-        alphas_cumprod_prev = np.append(1.0, alphas_cumprod[kept[:-1]])
-        betas = 1 - alphas_cumprod[kept] / alphas_cumprod_prev
+        betas = _betas_between(alphas_cumprod[kept])
         return cls(betas, kept, learn_sigma, loss, prediction, sigma)
+
+    def thin(self, steps: np.ndarray) -> GaussianDiffusion:
+        """The process of these steps alone, (S,) ascending: its marginals at them are this one's."""
+        betas = _betas_between(self.alphas_cumprod[steps])
+        return replace(self, betas=betas, timestep_map=self.timestep_map[steps])
 
     @property
     def predicts(self) -> Prediction:
@@ -214,7 +218,11 @@ class GaussianDiffusion(Process):
 
     def predict(self, denoise_fn: DenoiseFn, x: jax.Array, t: jax.Array) -> jax.Array:
         """The network's prediction (B, H, W, C) float32 at step t, without what it says of the variance."""
-        return self._split(self.denoise(denoise_fn, x, t), x)[0]
+        return self.prediction_of(self.denoise(denoise_fn, x, t), x)
+
+    def prediction_of(self, model_output: jax.Array, x: jax.Array) -> jax.Array:
+        """The first C channels of the network's output at x, float32; ValueError for another number of channels."""
+        return self._split(model_output, x)[0]
 
     def predict_xstart(self, prediction: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """x0 from the network's first C channels, whichever `prediction` they are."""
@@ -300,3 +308,8 @@ class GaussianDiffusion(Process):
         if self.loss == "rescaled_mse":
             vb = vb * (self.num_timesteps / 1000)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def _betas_between(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """Betas of steps that leave these shares of the signal's variance."""
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])

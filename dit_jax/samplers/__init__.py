@@ -1,1 +1,1 @@
-"""Samplers of continuous processes: each is the whole loop, to be jitted, one solver a file."""
+"""From noise to data on any process: one loop (`loop`), one solver a file, all by name in `table`."""

@@ -1,32 +1,105 @@
-"""Points in time of a sampler, with what is known of each before it runs: in float64, cast once."""
+"""Where on its course a sampler stops: grids of times from noise to data, in float64.
+
+| grid      | equal steps in                                                                                    |
+|-----------|---------------------------------------------------------------------------------------------------|
+| uniform   | time                                                                                              |
+| respaced  | time, whole timesteps from the first to the last, then the data: the published DDPM's and DDIM's  |
+| lambda    | log(alpha / sigma) (DPM-Solver, arXiv 2206.00927), then the end                                   |
+| karras    | (sigma / alpha)^(1/7) (Karras et al., arXiv 2206.00364, eq. 5), then the end                      |
+| quadratic | the root of the time that is left (DDIM, arXiv 2010.02502, appendix D.2)                          |
+| shifted   | time, moved towards the noise as for a higher resolution (SD3, arXiv 2403.03206, eq. 23)          |
+
+N steps are N + 1 times; the last is the end of the course. respaced is for the Gaussian process alone.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, get_args
 
-import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion.flow import FlowMatching
-from dit_jax.diffusion.paths import point
-from dit_jax.diffusion.predictions import Point
+from dit_jax.diffusion.times import shifted
+from dit_jax.diffusion.timesteps import space_timesteps
+from dit_jax.samplers.course import Course, GaussianCourse, log_ratio, time_of_log_ratio
+
+GridName = Literal["uniform", "respaced", "lambda", "karras", "quadratic", "shifted"]
+GRIDS: tuple[str, ...] = get_args(GridName)
+RHO = 7.0
+# Where the levels' ratio is infinite at an end of the course, the grids in it begin this share of the way inside.
+INSIDE = 1e-3
 
 
-class Times(NamedTuple):
-    """Times and the path's levels at each: arrays (S,), or numbers inside a loop over them."""
+def make_times(course: Course, grid: GridName, steps: int, shift: float = 3.0) -> np.ndarray:
+    """Times (steps + 1,) float64 of a named grid; shift is that of "shifted".
 
-    t: jnp.ndarray
-    point: Point
+    Raises ValueError for another name, fewer than one step, or what the process does not have.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; expected at least 1")
+    if not 0 < shift < np.inf:
+        raise ValueError(f"shift is {shift}; expected a number above 0")
+    if grid == "respaced":
+        return _respaced(course, steps)
+    if grid == "lambda":
+        return _by_ratio(course, steps, lambda ratio: ratio, lambda even: even)
+    if grid == "karras":
+        return _by_ratio(course, steps, lambda r: -np.exp(-r / RHO), lambda even: -RHO * np.log(-even))
+    left = np.linspace(1, 0, steps + 1)
+    if grid == "quadratic":
+        left = left**2
+    if grid == "shifted":
+        left = 1 - shifted(1 - left, shift)
+    return check_times(course, course.end + (course.start - course.end) * left)
 
 
-def times_at(process: FlowMatching, grid: np.ndarray) -> Times:
-    """The table of a loop over these times (S,) float64."""
-    levels = Point(*(jnp.asarray(value, jnp.float32) for value in point(process.path, grid)))
-    return Times(jnp.asarray(grid, jnp.float32), levels)
+def check_times(course: Course, times: np.ndarray) -> np.ndarray:
+    """Times (S + 1,) float64, given by a user; ValueError where they do not lead along the course."""
+    times = np.asarray(times, np.float64)
+    low, high = sorted((course.start, course.end))
+    forward = np.sign(course.end - course.start)
+    if times.ndim != 1 or len(times) < 2 or not (forward * np.diff(times) > 0).all():
+        raise ValueError(
+            f"times are {times}; expected two or more, each nearer to the data than the one before "
+            f"({course.start:g} is noise, {course.end:g} is data)"
+        )
+    inside = (times >= low) & (times <= high)
+    if not inside.all():
+        raise ValueError(f"times hold {times[~inside][0]:g}; expected {low:g} to {high:g}")
+    for time in times[:-1]:
+        if not course.answers(time):
+            raise ValueError(
+                f"times hold {time:g}, at which the network cannot be asked; expected none but the end"
+            )
+    return times
 
 
-def check_steps(steps: int) -> int:
-    """The number of points in time; ValueError for fewer than 2."""
-    if steps < 2:
-        raise ValueError(f"steps is {steps}; expected at least 2 points in time")
-    return steps
+def _respaced(course: Course, steps: int) -> np.ndarray:
+    if not isinstance(course, GaussianCourse):
+        raise ValueError(
+            "grid is 'respaced', which counts timesteps; expected another for a process without them"
+        )
+    total = course.process.num_timesteps
+    if steps > total:
+        raise ValueError(f"steps is {steps}; expected at most the process's {total}")
+    return np.append(space_timesteps(total, str(steps))[::-1], course.end).astype(np.float64)
+
+
+def _by_ratio(
+    course: Course,
+    steps: int,
+    warp: Callable[[np.ndarray], np.ndarray],
+    back: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """`steps` times that are even in a function of log(alpha / sigma), and the end."""
+    ends = [course.start, max(course.end, 0.0) if course.start > course.end else course.end]
+    ratios = log_ratio(course.levels(np.array(ends)))
+    for i, inwards in enumerate((1, -1)):
+        if not np.isfinite(ratios[i]):
+            ends[i] += inwards * INSIDE * (course.end - course.start)
+    low, high = warp(log_ratio(course.levels(np.array(ends))))
+    times = time_of_log_ratio(course, back(np.linspace(low, high, steps)))
+    times[0] = course.start
+    return check_times(course, np.append(times, course.end))

@@ -1,4 +1,4 @@
-"""The probability-flow ODE from noise to data with fixed steps: Euler, Heun (SiT, arXiv 2401.08740, section 2.3)."""
+"""The probability-flow ODE of flow matching with fixed steps: Euler, Heun (SiT, arXiv 2401.08740, section 2.3)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy as np
 
 from dit_jax.diffusion.flow import FlowMatching
 from dit_jax.diffusion.process import DenoiseFn
-from dit_jax.samplers.grid import Times, check_steps, times_at
+from dit_jax.samplers.adams import AdamsBashforth
+from dit_jax.samplers.course import FlowCourse
+from dit_jax.samplers.heun import Heun
+from dit_jax.samplers.loop import Solver, draw
 
 Array = jax.Array
 
@@ -33,21 +36,16 @@ def sample_ode(
     """
     if method not in ("euler", "heun"):
         raise ValueError(f"method is {method!r}; expected euler or heun")
-    grid = np.linspace(*process.sampling_interval(), check_steps(steps))
-    now, then = times_at(process, grid[:-1]), times_at(process, grid[1:])
+    solver: Solver = AdamsBashforth() if method == "euler" else Heun()
+    times = np.linspace(*process.sampling_interval(), check_points(steps))
+    drawn = draw(FlowCourse(process), solver, denoise_fn, noise, times=times, keep_states=return_trajectory)
+    if drawn.states is None:
+        return drawn.x
+    return jnp.concatenate([jnp.asarray(noise, jnp.float32)[None], drawn.states])
 
-    def velocity(x: Array, at: Times) -> Array:
-        t = jnp.broadcast_to(at.t, x.shape[:1])
-        return process.velocity(process.predict(denoise_fn, x, t), x, at.point)
 
-    def step(x: Array, inputs: tuple[Times, Times, Array]) -> tuple[Array, Array | None]:
-        here, there, dt = inputs
-        v = velocity(x, here)
-        moved = x + dt * v
-        if method == "heun":
-            moved = x + dt * 0.5 * (v + velocity(moved, there))
-        return moved, moved if return_trajectory else None
-
-    start = jnp.asarray(noise, jnp.float32)
-    end, states = jax.lax.scan(step, start, (now, then, jnp.asarray(np.diff(grid), jnp.float32)))
-    return end if states is None else jnp.concatenate([start[None], states])
+def check_points(steps: int) -> int:
+    """The number of points in time; ValueError for fewer than 2."""
+    if steps < 2:
+        raise ValueError(f"steps is {steps}; expected at least 2 points in time")
+    return steps

@@ -2,21 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.diffusion.flow import DiffusionForm, FlowMatching, diffusion_coefficient
-from dit_jax.diffusion.paths import point
-from dit_jax.diffusion.predictions import Point
+from dit_jax.diffusion import predictions
+from dit_jax.diffusion.flow import DiffusionForm, FlowMatching
 from dit_jax.diffusion.process import DenoiseFn
-from dit_jax.diffusion.samplers import keys_for, step_noise_at
-from dit_jax.samplers.grid import Times, check_steps, times_at
+from dit_jax.samplers.course import Course, FlowCourse, Times, times_at
+from dit_jax.samplers.loop import Denoiser, draw
+from dit_jax.samplers.ode import check_points
 
 Array = jax.Array
 LastStep = Literal["mean", "euler", "tweedie", "none"]
+LAST_STEP_SIZE = 0.04
+
+
+class Row(NamedTuple):
+    """A step: its width on the clock and the diffusion w at its start."""
+
+    here: Times
+    width: Any
+    w: Any
+
+
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """dx = (v + w score) dc + sqrt(2 w) dW, w of a form times a norm; c is the course's clock."""
+
+    form: DiffusionForm = "sigma"
+    norm: float = 1.0
+    last_step: LastStep = "mean"
+    evaluations: int = 1
+    draws: bool = True
+
+    def last(self, course: Course, end: float) -> Final | None:
+        """A step without noise; none for "none"."""
+        return None if self.last_step == "none" else Final(self)
+
+    def rows(self, course: Course, times: np.ndarray) -> Row:
+        """Widths and w of each step; w must be finite at its end as well."""
+        w = course.diffusion(times, self.form, self.norm)
+        return Row(times_at(course, times[:-1]), np.diff(course.clock(times)), w[:-1])
+
+    def begin(self, x: Array) -> None:
+        """Nothing is carried."""
+
+    def step(
+        self, denoiser: Denoiser, x: Array, carry: None, row: Row, noise: Array | None
+    ) -> tuple[Array, None]:
+        """One evaluation, at the start of the step."""
+        assert noise is not None
+        prediction = denoiser.prediction(x, row.here)
+        drift = _drift(denoiser.course, prediction, x, row)
+        return x + row.width * drift + jnp.sqrt(2 * row.w * row.width) * noise, None
+
+
+@dataclass(frozen=True)
+class Final:
+    """The last step of Euler-Maruyama, along the SDE's drift, the ODE's, or to the posterior's mean."""
+
+    main: EulerMaruyama
+    evaluations: int = 1
+    draws: bool = False
+
+    def last(self, course: Course, end: float) -> None:
+        """It is the last."""
+
+    def rows(self, course: Course, times: np.ndarray) -> Row:
+        """The one step; its width is not used for the posterior's mean, and may be infinite."""
+        width = np.zeros(1) if self.main.last_step == "tweedie" else np.diff(course.clock(times))
+        return Row(
+            times_at(course, times[:-1]), width, course.diffusion(times[:-1], self.main.form, self.main.norm)
+        )
+
+    def begin(self, x: Array) -> None:
+        """Nothing is carried."""
+
+    def step(
+        self, denoiser: Denoiser, x: Array, carry: None, row: Row, noise: Array | None
+    ) -> tuple[Array, None]:
+        """One evaluation."""
+        course, p = denoiser.course, row.here.point
+        prediction = denoiser.prediction(x, row.here)
+        if self.main.last_step == "tweedie":
+            return predictions.to_x0(course.predicts, prediction, x, p), None
+        if self.main.last_step == "mean":
+            return x + row.width * _drift(course, prediction, x, row), None
+        return x + row.width * course.velocity(prediction, x, p), None
+
+
+def _drift(course: Course, prediction: Array, x: Array, row: Row) -> Array:
+    score = predictions.to_score(course.predicts, prediction, x, row.here.point)
+    return course.velocity(prediction, x, row.here.point) + row.w * score
 
 
 def sample_sde(
@@ -29,7 +110,7 @@ def sample_sde(
     diffusion_form: DiffusionForm = "sigma",
     diffusion_norm: float = 1.0,
     last_step: LastStep = "mean",
-    last_step_size: float = 0.04,
+    last_step_size: float = LAST_STEP_SIZE,
     step_noise: Array | None = None,
     return_trajectory: bool = False,
 ) -> Array:
@@ -45,69 +126,28 @@ def sample_sde(
     """
     if last_step not in ("mean", "euler", "tweedie", "none"):
         raise ValueError(f"last_step is {last_step!r}; expected mean, euler, tweedie or none")
-    size = 0.0 if last_step == "none" else last_step_size
-    start_time, end_time = process.sampling_interval(diffusion_form, size)
-    grid = np.linspace(start_time, end_time, check_steps(steps))
-    widths = _diffusion(process, diffusion_form, grid, diffusion_norm)
-    _check_noise(noise, key, step_noise, steps)
-    keys = None if step_noise is not None or key is None else keys_for(key, noise.shape[0])
-    dt = (end_time - start_time) / (steps - 1)
+    times = sde_times(process, check_points(steps), diffusion_form, last_step_size, last_step)
+    if step_noise is not None:
+        if len(step_noise) < steps - 1 or step_noise.shape[1:] != noise.shape:
+            raise ValueError(
+                f"step_noise has shape {step_noise.shape}; expected {(steps - 1, *noise.shape)} or more steps"
+            )
+        step_noise = jnp.asarray(step_noise[: steps - 1], jnp.float32)
+    drawn = draw(
+        FlowCourse(process), EulerMaruyama(diffusion_form, diffusion_norm, last_step), denoise_fn, noise, key,
+        times=times, step_noise=step_noise, keep_states=return_trajectory,
+    )  # fmt: skip
+    return drawn.x if drawn.states is None else drawn.states
 
-    def evaluate(x: Array, at: Times) -> Array:
-        return process.predict(denoise_fn, x, jnp.broadcast_to(at.t, x.shape[:1]))
 
-    def drift(x: Array, at: Times, w: Array) -> Array:
-        output = evaluate(x, at)
-        return process.velocity(output, x, at.point) + w * process.score(output, x, at.point)
-
-    def step(x: Array, inputs: tuple[Array, Times, Array, Array | None]) -> tuple[Array, Array | None]:
-        s, at, w, eps = inputs
-        if keys is not None:
-            eps = step_noise_at(keys, s, x.shape[1:])
-        assert eps is not None
-        x = x + dt * drift(x, at, w) + jnp.sqrt(2 * w * dt) * eps
-        return x, x if return_trajectory else None
-
-    numbers = jnp.arange(steps - 1, dtype=jnp.int32)
-    recorded = None if step_noise is None else jnp.asarray(step_noise[: steps - 1], jnp.float32)
-    w = jnp.asarray(widths, jnp.float32)
-    x, states = jax.lax.scan(
-        step, jnp.asarray(noise, jnp.float32), (numbers, times_at(process, grid[:-1]), w[:-1], recorded)
-    )
+def sde_times(
+    process: FlowMatching,
+    points: int,
+    form: DiffusionForm = "sigma",
+    last_step_size: float = LAST_STEP_SIZE,
+    last_step: LastStep = "mean",
+) -> np.ndarray:
+    """SiT's times: `points` evenly to 1 - last_step_size, and 1 (or to the process's margin, without a last step)."""
     if last_step == "none":
-        return x if states is None else states
-    at = jax.tree.map(lambda table: table[0], times_at(process, grid[-1:]))
-    x = _last(process, last_step, size, w[-1], evaluate(x, at), x, at.point)
-    return x if states is None else jnp.concatenate([states, x[None]])
-
-
-def _check_noise(noise: Array, key: Array | None, step_noise: Array | None, steps: int) -> None:
-    if step_noise is None and key is None:
-        raise ValueError("key and step_noise are missing; expected one of them, every step draws noise")
-    if step_noise is not None and (len(step_noise) < steps - 1 or step_noise.shape[1:] != noise.shape):
-        raise ValueError(
-            f"step_noise has shape {step_noise.shape}; expected {(steps - 1, *noise.shape)} or more steps"
-        )
-
-
-def _last(
-    process: FlowMatching, kind: LastStep, size: float, w: Array, output: Array, x: Array, p: Point
-) -> Array:
-    """x after the last step, without noise."""
-    score = process.score(output, x, p)
-    if kind == "tweedie":
-        return (x + p.sigma**2 * score) / p.alpha
-    drift = process.velocity(output, x, p)
-    return x + size * (drift + w * score if kind == "mean" else drift)
-
-
-def _diffusion(process: FlowMatching, form: DiffusionForm, grid: np.ndarray, norm: float) -> np.ndarray:
-    """w at every time of the grid, float64."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        w = diffusion_coefficient(form, grid, point(process.path, grid), norm, np)
-    if not np.isfinite(w).all():
-        raise ValueError(
-            f"diffusion_form {form!r} is infinite at t = {grid[~np.isfinite(w)][0]:g} of path {process.path!r}; "
-            "expected a sample_eps above 0, or another form"
-        )
-    return w
+        return np.linspace(*process.sampling_interval(form), points)
+    return np.append(np.linspace(*process.sampling_interval(form, last_step_size), points), 1.0)

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.diffusion.gaussian import GaussianDiffusion
-from dit_jax.diffusion.samplers import (
+from dit_jax.diffusion.samplers import (  # the public address
     ddim_step,
     ddpm_step,
     sample_ddim,

@@ -1,0 +1,155 @@
+"""What a solver is, and the one loop that all run in: the whole way from noise to data as one lax.scan.
+
+A new solver is one file: a frozen dataclass that satisfies `Solver`, and a row in `table`.
+
+B batch, H height, W width, C channels of the latent, S steps, i.e. S + 1 times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dit_jax.diffusion import predictions
+from dit_jax.diffusion.process import DenoiseFn
+from dit_jax.samplers.course import Course, Times
+from dit_jax.samplers.noise import keys_for, step_noise_at
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The network on a course: one evaluation per call of a method."""
+
+    course: Course
+    denoise_fn: DenoiseFn
+
+    def prediction(self, x: Array, at: Times) -> Array:
+        """Whatever the network predicts, (B, H, W, C) float32."""
+        return self.course.predict(self.denoise_fn, x, jnp.broadcast_to(at.t, x.shape[:1]))
+
+    def x0(self, x: Array, at: Times) -> Array:
+        """The clean latent."""
+        return predictions.to_x0(self.course.predicts, self.prediction(x, at), x, at.point)
+
+    def slope(self, x: Array, at: Times) -> Array:
+        """The slope of the ODE in the course's coordinates."""
+        return self.course.slope(self.prediction(x, at), x, at.point)
+
+
+class Solver(Protocol):
+    """A rule that leads from one time to the next. Whatever depends on the times alone is a table made before."""
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network in a step."""
+        ...
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step needs noise."""
+        ...
+
+    def last(self, course: Course, end: float) -> Solver | None:
+        """What takes the last step, to this time, where this solver cannot."""
+        ...
+
+    def rows(self, course: Course, times: np.ndarray) -> Any:
+        """A tree of arrays (S, ...), float64 or integers: what each step is given of times (S + 1,).
+
+        Raises ValueError where the mathematics does not allow these times or this process.
+        """
+        ...
+
+    def begin(self, x: Array) -> Any:
+        """What is carried between steps beside x, before the first."""
+        ...
+
+    def step(
+        self, denoiser: Denoiser, x: Array, carry: Any, row: Any, noise: Array | None
+    ) -> tuple[Array, Any]:
+        """(x, carry) one step on; a pure function. noise: standard normal, of x's shape, where `draws`."""
+        ...
+
+
+class Drawn(NamedTuple):
+    """What a loop gives."""
+
+    x: Array
+    """Latents (B, H, W, C) at the last time."""
+    states: Array | None
+    """After every step, (S, B, H, W, C), where they were asked for."""
+    evaluations: int | Array
+    """How often the network ran; a number known before, but for an adaptive solver."""
+
+
+def draw(
+    course: Course,
+    solver: Solver,
+    denoise_fn: DenoiseFn,
+    noise: Array,
+    key: Array | None = None,
+    *,
+    times: np.ndarray,
+    step_noise: Array | None = None,
+    keep_states: bool = False,
+) -> Drawn:
+    """From `noise` (B, H, W, C) through all times (S + 1,) by one solver.
+
+    key: one key, folded with 0..B-1, or one per sample (see `sample_keys`), typed or raw.
+    step_noise: (S, B, H, W, C), replaces the drawn noise, in order of use; no key is needed then. S without the last
+    step where that is another solver's. Neither is used by a solver that draws no noise.
+
+    Raises ValueError when shapes do not fit, the noise has no source, or the solver refuses the times.
+    """
+    apart = solver.last(course, times[-1])
+    steps, batch = len(times) - (2 if apart else 1), noise.shape[0]
+    if step_noise is not None and step_noise.shape != (steps, *noise.shape):
+        raise ValueError(f"step_noise has shape {step_noise.shape}; expected {(steps, *noise.shape)}")
+    if solver.draws and step_noise is None and key is None:
+        raise ValueError(
+            "key and step_noise are missing; expected one of them, the sampler needs noise at every step"
+        )
+    denoiser = Denoiser(course, denoise_fn)
+    keys = keys_for(key, batch) if solver.draws and step_noise is None and key is not None else None
+
+    def body(state: tuple[Array, Any], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, Array | None]:
+        row, s, eps = inputs
+        if keys is not None:
+            eps = step_noise_at(keys, s, noise.shape[1:])
+        moved = solver.step(denoiser, *state, row, eps)
+        return moved, moved[0] if keep_states else None
+
+    x, states = jnp.asarray(noise, jnp.float32), None
+    if steps:
+        rows = cast(solver.rows(course, times[: steps + 1]))
+        inputs = (rows, jnp.arange(steps, dtype=jnp.int32), step_noise if solver.draws else None)
+        (x, _), states = jax.lax.scan(body, (x, solver.begin(x)), inputs)
+    if apart:
+        row = jax.tree.map(lambda table: table[0], cast(apart.rows(course, times[-2:])))
+        x, _ = apart.step(denoiser, x, apart.begin(x), row, None)
+        if keep_states:
+            states = x[None] if states is None else jnp.concatenate([states, x[None]])
+    return Drawn(x, states, evaluations_of(course, solver, times))
+
+
+def evaluations_of(course: Course, solver: Solver, times: np.ndarray) -> int:
+    """How often the network runs on the way through these times (S + 1,)."""
+    apart = solver.last(course, times[-1])
+    steps = len(times) - 1
+    return (steps - 1) * solver.evaluations + apart.evaluations if apart else steps * solver.evaluations
+
+
+def cast(rows: Any) -> Any:
+    """Tables as the loop uses them: float64 becomes float32, integers stay."""
+
+    def one(table: np.ndarray) -> Array:
+        whole = np.issubdtype(table.dtype, np.integer)
+        return jnp.asarray(table, jnp.int32 if whole else jnp.float32)
+
+    return jax.tree.map(one, rows)

@@ -16,21 +16,25 @@ from dit_jax.config.upgrade import where_it_is_now, with_new_names
 
 DEFAULT = "configs/digits.py"
 
-SCRIPTS = pathlib.Path(__file__).parents[2]  # where train.py and configs/ lie
+_CLONE = pathlib.Path(__file__).parents[2]  # where train.py and configs/ lie, unless the package is installed
+_INSTALLED = pathlib.Path(__file__).parents[1] / "recipes"  # setup.py puts configs/ there
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else _CLONE / "configs"
 
 
 def load(path: str | os.PathLike[str]) -> Config:
     """A config from a recipe (.py, which defines `config`) or from a saved config (.json).
 
-    A relative path starts from the working directory, or else from the folder of the scripts. Raises ConfigError
-    for a file that is neither.
+    A relative path starts from the working directory, or else from the folder of the scripts; the recipes of the
+    project also have names: digits, or configs/digits.py wherever the package lies. Raises ConfigError for a file
+    that is neither.
     """
     named, path = path, pathlib.Path(path)
-    if not os.path.isfile(path):
-        path = SCRIPTS / path
+    places = (path, *([] if RECIPES == _INSTALLED else [_CLONE / path]), *_named(path))
+    path = next((place for place in places if os.path.isfile(place)), path)
     if not os.path.isfile(path):
         raise ConfigError(
-            f"--config names {os.fspath(named)[:200]}, which is not a file; expected a recipe such as {DEFAULT}"
+            f"--config names {os.fspath(named)[:200]}, which is not a file; expected a recipe such as {DEFAULT}, or "
+            f"a name: {', '.join(sorted(recipe.stem for recipe in RECIPES.glob('[!_]*.py')))}"
         )
     if path.suffix == ".json":
         try:
@@ -41,6 +45,13 @@ def load(path: str | os.PathLike[str]) -> Config:
     if not isinstance(found, Config):
         raise ConfigError(f"{path} defines config = {shown(found)}; expected a dit_jax.config.Config")
     return found
+
+
+def _named(path: pathlib.Path) -> list[pathlib.Path]:
+    """Where a recipe of the project lies, given as NAME or configs/NAME.py."""
+    if path.parent == pathlib.Path("configs") and path.suffix == ".py":
+        return [RECIPES / path.name]
+    return [RECIPES / f"{path}.py"] if len(path.parts) == 1 and not path.suffix else []
 
 
 def run_config(option: str, folder: str | os.PathLike[str]) -> Config:
@@ -76,10 +87,15 @@ def _run(path: pathlib.Path) -> dict[str, Any]:
         ) from None
 
 
-def parse_args(args: Sequence[str] | None = None, default: str = DEFAULT, more_help: str = "") -> Config:
+def parse_args(
+    args: Sequence[str] | None = None,
+    default: str = DEFAULT,
+    more_help: str = "",
+    program: str | None = None,
+) -> Config:
     """The config of a command line: a recipe named by --config, then one option per override, resolved.
 
-    more_help describes options that the caller has taken out of `args`.
+    more_help describes options that the caller has taken out of `args`; program is what the user called.
     """
     import argparse
     import sys
@@ -92,8 +108,9 @@ def parse_args(args: Sequence[str] | None = None, default: str = DEFAULT, more_h
     config = tyro.cli(
         Config,
         args=_spell_unroll(with_new_names(rest)),
+        prog=program,
         default=load(known.config),
-        description=f"{Config.__doc__}\n\n--config FILE names a recipe in configs/ (default: {default}); every "
+        description=f"{Config.__doc__}\n\n--config FILE or NAME: a recipe in configs/ (default: {default}); every "
         f"option below overrides it.\n\n{more_help}",
     )
     return resolve(config)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, ConfigError, load, resolve, run_config
+from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.config.saved import shown
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.samples import save_samples
@@ -24,7 +24,7 @@ from dit_jax.generation.sampling import (
     load_decoder,
     sampling_model,
 )
-from dit_jax.models.create import build_model, init_params
+from dit_jax.models.create import init_params
 from dit_jax.pictures import save_grid
 from dit_jax.runs.weights import load_weights
 from dit_jax.runs.workdir import read_metadata
@@ -94,8 +94,8 @@ def load_run(workdir: str | os.PathLike[str]) -> Run:
     return Run(folder, config, metadata)
 
 
-def main(args: SampleArgs) -> int:
-    """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
+def sampling_options(args: SampleArgs) -> SamplingOptions:
+    """How latents are drawn; raises ConfigError for numbers out of range."""
     for option in ("num_samples", "batch_size", "grid_count"):
         if not 1 <= getattr(args, option) < 2**31:
             raise ConfigError(
@@ -103,11 +103,14 @@ def main(args: SampleArgs) -> int:
             )
     if not 0 <= args.seed < 2**31:
         raise ConfigError(f"--seed is {args.seed}; expected 0 to {2**31 - 1}")
-    options = SamplingOptions(
+    return SamplingOptions(
         args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta
     )
-    if args.compile_for:
-        return _compile_for(args, args.compile_for, options)
+
+
+def main(args: SampleArgs) -> int:
+    """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
+    options = sampling_options(args)
     if args.config:
         raise ConfigError(
             f"--config is {args.config}; expected only with --compile-for: a --workdir has its own"
@@ -158,12 +161,3 @@ def _check_room(args: SampleArgs, out: str | None, run: Run, options: SamplingOp
         for option, path, size in (("--npz", args.npz, picture_bytes(count, side)), ("--out", out, 0)):
             if path is not None:
                 check_file(option, path, size)
-
-
-def _compile_for(args: SampleArgs, topology: str, options: SamplingOptions) -> int:
-    from dit_jax.planning.compile_for import compile_sampling, print_report
-
-    config = resolve(load(args.config)) if args.config else load_run(args.workdir).config
-    model = build_model(config)
-    check_sampling(model, config, options, model.condition.in_turn(1))
-    return print_report("sample.py", lambda: compile_sampling(config, options, args.batch_size, topology))

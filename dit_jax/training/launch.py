@@ -44,10 +44,12 @@ class LaunchOptions:
     compile_for: str
 
 
-def parse_launch(args: Sequence[str] | None = None) -> tuple[LaunchOptions, list[str], str]:
+def parse_launch(
+    args: Sequence[str] | None = None, program: str = "train.py"
+) -> tuple[LaunchOptions, list[str], str]:
     """(launch options, the arguments left for the config, the help of the former)."""
     parser = argparse.ArgumentParser(
-        prog="train.py", add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
+        prog=program, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
     )
     group = parser.add_argument_group("launch options")
     group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="address of process 0")

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_jax.commands import prepare as prepare_command
 from dit_jax.data import inspection
 from dit_jax.data.encode import UNFINISHED, prepare
 from dit_jax.data.encoders import diffusers_encoder, flax_encoder
@@ -182,21 +182,16 @@ def test_a_bad_option_is_one_sentence_and_exit_code_two(tmp_path):
 
 
 def test_an_interruption_is_one_line(monkeypatch, capsys):
-    main = runpy.run_path(str(ROOT / "prepare.py"))["main"]
-
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(main.__globals__, "prepare", interrupted)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", "digits", "--out", "nowhere"])
-    assert main() == 130
+    monkeypatch.setattr(prepare_command, "prepare", interrupted)
+    assert prepare_command.main("prepare.py", ["--source", "digits", "--out", "nowhere"]) == 130
     assert capsys.readouterr().err == "prepare.py: interrupted; the same command goes on\n"
 
 
 def test_a_sheet_of_no_samples_is_refused(monkeypatch, capsys):
-    main = runpy.run_path(str(ROOT / "prepare.py"))["main"]
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "inspect", "nowhere", "--count", "0"])
-    assert main() == 2
+    assert prepare_command.main("prepare.py", ["inspect", "nowhere", "--count", "0"]) == 2
     assert capsys.readouterr().err == "prepare.py: --count is 0; expected 1 or more\n"
 
 
@@ -204,10 +199,8 @@ def test_programs_are_kept_for_the_next_command(monkeypatch, capsys):
     kept = []
     monkeypatch.setattr("dit_jax.compiler.keep_compiled_programs", lambda: kept.append(True))
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the command adds to it
-    main = runpy.run_path(str(ROOT / "prepare.py"))["main"]
     for args in (["--source", "ftp:x", "--out", "nowhere"], ["inspect", "nowhere"]):
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
-        assert main() == 2
+        assert prepare_command.main("prepare.py", args) == 2
     assert kept == [True, True]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
     *("--model.depth", "1", "--model.hidden-size", "32", "--model.num-heads", "2"),
     *("--train.batch-size", "32", "--train.log-every", "2", "--optim.schedule", "constant"),

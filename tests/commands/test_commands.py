@@ -1,0 +1,46 @@
+"""Which command is meant, and what is said where none is."""
+
+import pytest
+
+from dit_jax import commands
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The commands that would have run: (name, program, arguments)."""
+    found = []
+    monkeypatch.setattr(commands, "run", lambda *call: found.append(call) or 0)
+    return found
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_command_gets_the_rest_of_the_line(started, name):
+    assert commands.main([name, "--config", "digits", "train"]) == 0
+    assert started == [(name, f"dit-jax {name}", ["--config", "digits", "train"])]
+
+
+@pytest.mark.parametrize(
+    ("args", "found"), [([], "no command is given"), (["paint", "x"], "'paint' is no command")]
+)
+def test_what_is_no_command_is_one_sentence(started, capsys, args, found):
+    assert commands.main(args) == 2
+    said = capsys.readouterr().err
+    assert said == f"dit-jax: {found}; expected train, sample, prepare, evaluate or --help\n"
+    assert not started
+
+
+def test_help_names_every_command(started, capsys):
+    assert commands.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in commands.COMMANDS)
+
+
+def test_help_of_a_command_names_it_as_the_user_did(capsys):
+    from dit_jax.commands import evaluate, prepare, sample, train
+
+    for module in (train, sample, prepare, evaluate):
+        name = module.__name__.rpartition(".")[2]
+        with pytest.raises(SystemExit) as ended:
+            module.main(f"dit-jax {name}", ["--help"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: dit-jax {name} [-h]")

@@ -320,3 +320,94 @@ def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.py").write_text(RECIPE)  # what lies in the working directory comes first
     assert c.parse_args([]).train.seed == 3
+
+
+# ------------------------------------------------------------------------------------------------- kinds
+
+
+def flow(**options):
+    return c.resolve(c.Config(diffusion=c.FlowMatchingConfig(**options)))
+
+
+def test_a_saved_config_tells_its_kinds():
+    config = flow(path="gvp", shift=3.0)
+    saved = json.loads(c.to_json(config))
+    assert (saved["diffusion"]["kind"], saved["model"]["kind"]) == ("flow", "dit")
+    assert c.from_json(json.dumps(saved)) == config
+    assert c.ModelConfig is c.DiTConfig and c.DiffusionConfig is c.GaussianConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "nope"}, "--diffusion.kind is 'nope'; expected gaussian or flow"),
+        ({"kind": 3}, "--diffusion.kind is .*; expected gaussian or flow"),
+        ({"kind": None}, "--diffusion.kind is .*; expected gaussian or flow"),
+        (
+            {"kind": "gaussian"},
+            "--diffusion.prediction is 'velocity'; input should be 'epsilon', 'x0' or 'v'",
+        ),
+        ({"schedule": "linear"}, "unknown option 'diffusion.schedule'"),
+        ({"path": "cubic"}, "--diffusion.path is 'cubic'; input should be 'linear', 'gvp' or 'vp'"),
+        ({"shift": "3"}, "--diffusion.shift is '3'; input should be a valid number"),
+    ],
+)
+def test_kinds_that_there_are_not_and_options_of_another(change, message):
+    saved = json.loads(c.to_json(flow()))
+    saved["diffusion"] |= change
+    with pytest.raises(c.ConfigError, match=message):
+        c.from_json(json.dumps(saved))
+
+
+def test_a_kind_that_is_missing_or_of_no_network():
+    saved = json.loads(c.to_json(flow()))
+    with pytest.raises(c.ConfigError, match=r"--diffusion.kind is missing; expected gaussian or flow"):
+        c.from_json(json.dumps(saved | {"diffusion": {"path": "gvp"}}))
+    with pytest.raises(c.ConfigError, match=r"--model.kind is 'unet'; input should be 'dit'"):
+        c.from_json(json.dumps(saved | {"model": {"kind": "unet"}}))
+    before = c.from_json(
+        '{"model": {"depth": 3}, "diffusion": {"prediction": "v"}}'
+    )  # said no version, and no kind
+    assert before.diffusion == c.GaussianConfig(prediction="v")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": 0.0}, "--diffusion.shift is 0.0; expected a number above 0"),
+        ({"logit_std": -1.0}, "--diffusion.logit-std is -1.0; expected a number above 0"),
+        ({"time_scale": 0.0}, "--diffusion.time-scale is 0.0; expected a number above 0"),
+        ({"mode_scale": 2.0}, "--diffusion.mode-scale is 2.0; expected -1 to 1.7519"),
+        ({"cosine_weight": -1.0}, "--diffusion.cosine-weight is -1.0; expected 0 or more"),
+        ({"sample_eps": 0.5}, "--diffusion.sample-eps is 0.5; expected at least 0 and below 0.5"),
+        ({"loss_weight": "likelihood"}, "--diffusion.loss-weight is likelihood; expected none, or another"),
+    ],
+)
+def test_flow_matching_that_could_not_train_is_refused(options, message):
+    with pytest.raises(c.ConfigError, match=message):
+        flow(**options)
+    flow(loss_weight="likelihood", prediction="noise")
+
+
+def test_the_recipe_chooses_the_kind_and_its_options(recipe, tmp_path, capsys):
+    of_flow = tmp_path / "flow.py"
+    of_flow.write_text(
+        "from dit_jax.config import *\nconfig = Config(diffusion=FlowMatchingConfig(path='gvp'))\n"
+    )
+    args = ["--config", str(of_flow), "--diffusion.shift", "3", "--diffusion.kind", "flow"]
+    assert c.parse_args(args).diffusion == c.FlowMatchingConfig(path="gvp", shift=3.0)
+    assert c.parse_args(["--config", recipe, "--diffusion.kind=gaussian"]).diffusion == c.GaussianConfig()
+    for path, own, other in ((of_flow, "flow", "gaussian"), (recipe, "gaussian", "flow")):
+        with pytest.raises(
+            c.ConfigError, match=f"--diffusion.kind is {other}; the recipe .* is of kind {own}"
+        ):
+            c.parse_args(["--config", str(path), f"--diffusion.kind={other}"])
+    for path, option, other in ((of_flow, "shift", "num-timesteps"), (recipe, "num-timesteps", "shift")):
+        with pytest.raises(SystemExit):
+            c.parse_args(["--config", str(path), "--help"])
+        shown = capsys.readouterr().out
+        assert f"--diffusion.{option}" in shown and f"--diffusion.{other}" not in shown
+        with pytest.raises(SystemExit) as stop:
+            c.parse_args(["--config", str(path), f"--diffusion.{other}", "3"])
+        assert stop.value.code == 2
+        capsys.readouterr()

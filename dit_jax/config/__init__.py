@@ -9,6 +9,7 @@ Every problem is a `ConfigError` whose one sentence names the option, what was f
 """
 
 from dit_jax.config.check import model_sizes, resolve
+from dit_jax.config.processes import DiffusionConfig, FlowMatchingConfig, GaussianConfig
 from dit_jax.config.recipe import load, parse_args, run_config
 from dit_jax.config.saved import from_json, to_json
 from dit_jax.config.schema import (
@@ -19,7 +20,7 @@ from dit_jax.config.schema import (
     Config,
     ConfigError,
     DataConfig,
-    DiffusionConfig,
+    DiTConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -35,7 +36,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DiTConfig",
     "DiffusionConfig",
+    "FlowMatchingConfig",
+    "GaussianConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",

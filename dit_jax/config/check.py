@@ -74,7 +74,7 @@ FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, 3.4e38  # below, hardware counts a numb
 BELOW_ONE = 1 - 2.0**-24
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
-diffusion.num_timesteps optim.learning_rate optim.eps train.batch_size train.steps train.log_every
+optim.learning_rate optim.eps train.batch_size train.steps train.log_every
 train.checkpoint_every train.keep train.bad_steps train.sample_count train.sample_steps"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
@@ -82,7 +82,7 @@ train.seed train.microbatch train.milestone_every train.snapshot_every train.max
 _AT_MOST = {  # beyond is a slip of the keyboard, which would end in hours of tracing or in no memory
     "model.depth": 10_000, "model.hidden_size": 2**17, "model.num_heads": 2**17, "model.patch_size": 2**12,
     "model.in_channels": 2**12, "model.mlp_ratio": 1024, "model.num_classes": 2**30,
-    "diffusion.num_timesteps": 1_000_000, "data.workers": 1024,
+    "data.workers": 1024,
 }  # fmt: skip
 
 
@@ -105,16 +105,12 @@ def _check_values(config: Config) -> None:
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
     _check_model(config)
-    least = 21 if config.diffusion.schedule == "linear" else 2  # linear betas reach 1 with fewer
-    timesteps = config.diffusion.num_timesteps
+    for good, option, found, expected in config.diffusion.rules():
+        _require(good, f"diffusion.{option}", found, expected)
+    most_steps, in_words = config.diffusion.steps_of_a_sampler()
     _require(
-        timesteps >= least,
-        "diffusion.num_timesteps", timesteps,
-        f"at least {least} for --diffusion.schedule {config.diffusion.schedule}",
-    )  # fmt: skip
-    _require(
-        config.train.sample_every == 0 or 2 <= config.train.sample_steps <= timesteps,
-        "train.sample_steps", config.train.sample_steps, f"2 to {timesteps}, the timesteps of training",
+        config.train.sample_every == 0 or 2 <= config.train.sample_steps <= most_steps,
+        "train.sample_steps", config.train.sample_steps, in_words,
     )  # fmt: skip
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _require(

@@ -105,15 +105,33 @@ def parse_args(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default)
     known, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
+    recipe = load(known.config)
     config = tyro.cli(
         Config,
-        args=_spell_unroll(with_new_names(rest)),
+        args=_spell_unroll(with_new_names(_without_kinds(rest, recipe))),
         prog=program,
-        default=load(known.config),
+        default=recipe,
+        config=(tyro.conf.AvoidSubcommands,),  # the recipe's kinds are those whose options there are
         description=f"{Config.__doc__}\n\n--config FILE or NAME: a recipe in configs/ (default: {default}); every "
         f"option below overrides it.\n\n{more_help}",
     )
     return resolve(config)
+
+
+def _without_kinds(args: Sequence[str], recipe: Config) -> list[str]:
+    """The options without those of kinds: they may name the recipe's own. ConfigError for another."""
+    words = [part for arg in args for part in (arg.split("=", 1) if ".kind=" in arg else [arg])]
+    for group in ("model", "diffusion"):
+        option, own = f"--{group}.kind", getattr(recipe, group).kind
+        while option in words:
+            at = words.index(option)
+            if words[at + 1 : at + 2] != [own]:
+                raise ConfigError(
+                    f"{option} is {' '.join(words[at + 1 : at + 2])[:80] or 'empty'}; the recipe that --config names "
+                    f"is of kind {own}: expected a recipe of the kind that is wanted"
+                )
+            del words[at : at + 2]
+    return words
 
 
 def _spell_unroll(args: Sequence[str]) -> list[str]:

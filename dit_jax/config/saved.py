@@ -7,14 +7,14 @@ import functools
 import json
 from typing import Any
 
+from dit_jax.config.processes import PROCESS_KINDS, FlowMatchingConfig, GaussianConfig
 from dit_jax.config.schema import (
     ComputeConfig,
     Config,
     ConfigError,
     DataConfig,
-    DiffusionConfig,
+    DiTConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
 )
@@ -43,7 +43,15 @@ def from_json(text: str) -> Config:
         return _reader().validate_json(text)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        option = ".".join(str(part) for part in first["loc"])
+        where = [str(part) for part in first["loc"]]
+        if first["type"].startswith("union_tag"):
+            found = shown(first["ctx"]["tag"]) if "tag" in first["ctx"] else "missing"
+            raise ConfigError(
+                f"--{where[0]}.kind is {found}; expected {' or '.join(PROCESS_KINDS)}"
+            ) from None
+        if where[:1] == ["diffusion"] and where[1:2] in [[kind] for kind in PROCESS_KINDS]:
+            del where[1]  # which member of the union
+        option = ".".join(where)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             raise ConfigError(f"unknown option {shown(option)}; see python train.py --help") from None
         name = f"--{option.replace('_', '-')}" if option else "the config"
@@ -56,8 +64,9 @@ def _reader() -> Any:
     import pydantic
 
     strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    groups = (ModelConfig, ComputeConfig, DiffusionConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
-    for cls in (*groups, Config):
+    kinds = (DiTConfig, GaussianConfig, FlowMatchingConfig)
+    groups = (ComputeConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
+    for cls in (*kinds, *groups, Config):
         setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
     return pydantic.TypeAdapter(Config)
 

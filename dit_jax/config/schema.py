@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dit_jax.config.processes import GaussianConfig, ProcessConfig
+
 Conditioning = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 Precision = Literal["float32", "bfloat16"]
 
@@ -18,7 +20,7 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class DiTConfig:
     """The network. `name` sets four sizes; an explicit size overrides it."""
 
     name: str = "DiT-XL/2"
@@ -43,6 +45,8 @@ class ModelConfig:
     """Number of classes; 0 for an unconditional model."""
     class_dropout_prob: float = 0.1
     """Share of training labels replaced by the null label, for classifier-free guidance."""
+    kind: Literal["dit"] = "dit"
+    """The kind of network, which the recipe chooses."""
 
     @property
     def head_dim(self) -> int:
@@ -55,6 +59,10 @@ class ModelConfig:
         """Patches of a latent, of a resolved config."""
         assert self.patch_size
         return (self.input_size[0] // self.patch_size) * (self.input_size[1] // self.patch_size)
+
+
+ModelConfig = DiTConfig
+"""The name of the one kind that there is; a second makes it a union, as `ProcessConfig` is."""
 
 
 @dataclass(frozen=True)
@@ -79,24 +87,6 @@ class ComputeConfig:
     unroll: Literal[True, False, "auto"] = "auto"
     """Unroll the loop over layers: longer compilation, at times faster steps. auto: when sampling on a single CPU
     device, where they are wide. Parameters keep their layout. Without a value true; --compute.no-unroll is false."""
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """The process: noise schedule, what the network predicts, the loss."""
-
-    schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
-    """Betas over the training timesteps."""
-    num_timesteps: int = 1000
-    """Training timesteps T."""
-    prediction: Literal["epsilon", "x0", "v"] = "epsilon"
-    """What the network's first C output channels mean."""
-    learn_sigma: bool = True
-    """Learn the reverse variance in a second half of output channels (learned range)."""
-    sigma: Literal["fixed_small", "fixed_large"] = "fixed_large"
-    """The reverse variance when learn_sigma is off."""
-    loss: Literal["mse", "rescaled_mse", "kl", "rescaled_kl"] = "mse"
-    """Training loss; with learn_sigma the two mse losses add the variational bound for the variance."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +190,7 @@ class TrainConfig:
     sample_count: int = 64
     """Samples in a grid."""
     sample_steps: int = 50
-    """DDIM steps of those samples."""
+    """Steps of their sampler, the first of those that serve the process."""
     sample_cfg_scale: float = 1.5
     """Guidance scale of those samples (1: none)."""
 
@@ -209,9 +199,9 @@ class TrainConfig:
 class Config:
     """A training run of a Diffusion Transformer on precomputed VAE latents."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: DiTConfig = field(default_factory=DiTConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    diffusion: ProcessConfig = field(default_factory=GaussianConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

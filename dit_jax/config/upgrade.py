@@ -3,7 +3,8 @@
 | version | what changed                                                                     |
 |---------|----------------------------------------------------------------------------------|
 | 1       | the first; it does not say its version                                           |
-| 2       | how the network is computed moved from `model` to a group of its own, `compute`   |
+| 2       | how the network is computed moved from `model` to a group of its own, `compute`; |
+|         | `model` and `diffusion` say their kind                                           |
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
     return groups
 
 
-def _compute_apart(groups: dict[str, Any]) -> dict[str, Any]:
+def _compute_and_kinds(groups: dict[str, Any]) -> dict[str, Any]:
+    for group, kind in (("model", "dit"), ("diffusion", "gaussian")):
+        if isinstance(options := groups.get(group), dict):
+            groups = groups | {group: {"kind": kind, **options}}
     model = groups.get("model")
-    if not isinstance(model, dict):
-        return groups
+    if not isinstance(model, dict) or not isinstance(groups.get("compute", {}), dict):
+        return groups  # the reader says what is wrong with it
     moved = {name: value for name, value in model.items() if name in TO_COMPUTE}
     kept = {name: value for name, value in model.items() if name not in TO_COMPUTE}
     return groups | {"model": kept, "compute": groups.get("compute", {}) | moved}
 
 
 # The step at index i makes version i + 2 of version i + 1.
-STEPS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_compute_apart,)
+STEPS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_compute_and_kinds,)
 VERSION = 1 + len(STEPS)
 
 
@@ -58,6 +62,6 @@ def with_new_names(args: Sequence[str]) -> list[str]:
 def where_it_is_now(error: TypeError) -> str:
     """What to add to the error of a recipe that gives an option to the group it was in before; else nothing."""
     for name in TO_COMPUTE:
-        if f"ModelConfig.__init__() got an unexpected keyword argument '{name}'" in str(error):
+        if f"DiTConfig.__init__() got an unexpected keyword argument '{name}'" in str(error):
             return f"; {name} is an option of compute=ComputeConfig(...) now"
     return ""

@@ -187,10 +187,14 @@ class FlowMatching(Process):
         return weight * jnp.square(p.alpha / p.sigma) if self.prediction == "x0" else weight
 
 
-def cosine_similarity(a: Array, b: Array) -> Array:
-    """Over the last axis: (..., C) -> (...)."""
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-8)
+def cosine_similarity(a: Array, b: Array, floor: float = 1e-2) -> Array:
+    """Over the last axis: (..., C) -> (...); norms below `floor` count as it.
+
+    A new network's output is zero everywhere, where the norm has no derivative and 1 over it no bound.
+    """
+    squares = jnp.sum(a * a, axis=-1), jnp.sum(b * b, axis=-1)
+    norms = [jnp.sqrt(jnp.maximum(square, floor**2)) for square in squares]
+    return jnp.sum(a * b, axis=-1) / (norms[0] * norms[1])
 
 
 def half_squared_diffusion(p: Point) -> Any:

@@ -40,8 +40,9 @@ class SampleArgs:
     """Classes by number or name, used in turn (default: all classes in turn); number:3 where 3 is a name as well."""
     num_samples: int = 64
     """How many pictures."""
-    sampler: Literal["ddpm", "ddim"] = "ddim"
-    """Sampler: ddpm (ancestral) or ddim."""
+    sampler: str | None = None
+    """Name of a sampler, such as ddim (the default of a Gaussian run), ddpm (ancestral), euler (the default under
+    flow matching), heun or euler_maruyama; a name that does not serve the run is answered with those that do."""
     steps: int = 50
     """Sampling steps."""
     eta: float = 0.0
@@ -50,8 +51,9 @@ class SampleArgs:
     """Guidance scale; 1 for none."""
     cfg_channels: int | Literal["all"] = "all"
     """Latent channels that are guided: all, or the first few (the published DiT sampler: 3)."""
-    cfg_interval: tuple[int, int] | None = None
-    """Lowest and highest timestep with guidance (default: everywhere)."""
+    cfg_interval: tuple[int, int] | tuple[float, float] | None = None
+    """Lowest and highest time, as the network is shown it, with guidance (default: everywhere): timesteps of a
+    Gaussian run, under flow matching 0 (noise) to 1 (data) unless the recipe says otherwise."""
     seed: int = 0
     """Sample i is a function of (seed, i, label) alone."""
     out: str | None = None

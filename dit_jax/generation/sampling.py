@@ -26,13 +26,16 @@ from dit_jax.config.check import FLOAT32_MOST
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.guidance import classifier_free_guidance
-from dit_jax.diffusion.samplers import ddim_tables, sample_ddim, sample_ddpm, sample_keys, start_noise
+from dit_jax.diffusion.process import Process
+from dit_jax.diffusion.samplers import sample_keys, start_noise
 from dit_jax.generation.room import check_pictures
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid, to_uint8
 from dit_jax.processes import all_fail_alike
+from dit_jax.samplers.table import Choice, default_sampler, plan
+from dit_jax.samplers.table import sample as draw_samples
 
 Array = jax.Array
 
@@ -41,15 +44,20 @@ Array = jax.Array
 class SamplingOptions:
     """How latents are drawn.
 
-    Attributes: `channels` and `interval` as in `classifier_free_guidance`; `eta` is DDIM's.
+    Attributes: `sampler` a name in `dit_jax.samplers.table`, None for the process's default; `channels` and
+    `interval` as in `classifier_free_guidance`; `eta` is DDIM's.
     """
 
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: str | None = None
     steps: int = 50
     cfg_scale: float = 1.0
     channels: Literal["all"] | int = "all"
     interval: tuple[float, float] | None = None
     eta: float = 0.0
+
+    def choice(self, process: Process) -> Choice:
+        """What a sampler of this process is told."""
+        return Choice(self.sampler or default_sampler(process), self.steps, self.eta)
 
 
 def sampling_model(config: Config) -> DiT:
@@ -82,7 +90,8 @@ def make_latent_sampler(
 
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
     """
-    process = create_process(config.diffusion, respacing=str(options.steps))
+    process = create_process(config.diffusion)
+    choice = options.choice(process)
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
     # Quantization is for training: its scales hang on the whole batch, and a sample must not.
     unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
@@ -100,9 +109,7 @@ def make_latent_sampler(
         denoise = classifier_free_guidance(
             network, kind.tree(condition), kind.null, options.cfg_scale, options.channels, options.interval
         )
-        if options.sampler == "ddpm":
-            return sample_ddpm(process, denoise, noise, keys)
-        return sample_ddim(process, denoise, noise, keys, eta=options.eta)
+        return draw_samples(process, denoise, noise, keys, choice=choice).x
 
     return jax.jit(
         sample, in_shardings=(None, None, split, split), out_shardings=whole,
@@ -201,9 +208,14 @@ def check_sampling(model: DiT, config: Config, options: SamplingOptions, conditi
     """Raises ConfigError where options or the condition, such as labels (N,), do not fit the model or the process."""
     kind = model.condition
     condition = kind.on_host(condition)
-    last = config.diffusion.num_timesteps
-    if not 2 <= options.steps <= last:
-        raise ConfigError(f"--steps is {options.steps}; expected 2 to {last}, the timesteps of training")
+    most_steps, in_words = config.diffusion.steps_of_a_sampler()
+    if not 2 <= options.steps <= most_steps:
+        raise ConfigError(f"--steps is {options.steps}; expected {in_words}")
+    process = create_process(config.diffusion)
+    try:
+        plan(process, options.choice(process))
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
     if samples_of(condition) == 0:
         raise ConfigError("--num-samples is 0; expected a number above 0")
     kind.check(condition)
@@ -215,11 +227,6 @@ def check_sampling(model: DiT, config: Config, options: SamplingOptions, conditi
         raise ConfigError(
             f"--cfg-interval is {options.interval}; expected the lowest timestep first, and none beyond {2**31 - 1}"
         )
-    if options.sampler == "ddim":
-        try:
-            ddim_tables(create_process(config.diffusion, str(options.steps)), options.eta)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from None
     if options.cfg_scale != 1.0 and not kind.has_null:
         raise ConfigError(
             f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"

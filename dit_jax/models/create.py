@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +15,7 @@ from dit_jax.models.dit import DiT
 
 def build_model(config: Config, batch_sharding: Any = None) -> DiT:
     """The network of a resolved config, computed as it says; `batch_sharding` as in `Compute`."""
-    m, c = config.model, config.compute
-    assert m.patch_size and m.hidden_size and m.num_heads and m.depth
+    c = config.compute
     compute = Compute(
         dtype=jnp.dtype(c.dtype),
         attention=c.attention,
@@ -25,6 +25,12 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         unroll=c.unroll is True,  # what "auto" is in training; sampling has its own
         batch_sharding=batch_sharding,
     )
+    return BUILDERS[config.model.kind](config, compute)
+
+
+def _dit(config: Config, compute: Compute) -> DiT:
+    m = config.model
+    assert m.patch_size and m.hidden_size and m.num_heads and m.depth
     return DiT(
         input_size=m.input_size,
         patch_size=m.patch_size,
@@ -39,6 +45,10 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         conditioning=m.conditioning,
         compute=compute,
     )
+
+
+# A new kind of network is its config in dit_jax.config, its module, and its row here.
+BUILDERS: dict[str, Callable[[Config, Compute], DiT]] = {"dit": _dit}
 
 
 def init_params(model: DiT, config: Config, key: jax.Array) -> Any:

@@ -26,10 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config, ConfigError
 from dit_jax.devices import peak_flops
+from dit_jax.diffusion.create import create_process
 from dit_jax.models import cost
 from dit_jax.models.compute import resolve_attention
 from dit_jax.models.create import init_params
 from dit_jax.planning import hlo, timeline
+from dit_jax.samplers.table import plan
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 from dit_jax.training.program import abstract_batch, build_program
 from dit_jax.training.sharding import bytes_per_device, make_mesh
@@ -231,12 +233,14 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
     numbers = jax.ShapeDtypeStruct((batch_size,), np.int32, sharding=split)
     sampler: Any = make_latent_sampler(model, config, options, mesh)
-    passes = options.steps * (2 if options.cfg_scale != 1.0 else 1)
+    process = create_process(config.diffusion)
+    choice = options.choice(process)
+    passes = (plan(process, choice).evaluations or options.steps) * (2 if options.cfg_scale != 1.0 else 1)
     return _report(
         sampler.lower(params, 0, numbers, model.condition.shapes(batch_size, split)),
         chip,
         "give a smaller --batch-size, or more chips",
-        what=f"{options.steps} {options.sampler} steps of {config.model.name}, guidance {options.cfg_scale}",
+        what=f"{choice.steps} {choice.sampler} steps of {config.model.name}, guidance {options.cfg_scale}",
         topology=topology,
         mesh=dict(mesh.shape),
         images=batch_size // mesh.size,

@@ -178,10 +178,12 @@ def _copy_rows(mine: jax.Array, given: jax.Array, rows: Sequence[tuple[int, int]
 def _warn_of_another_process(config: Config, theirs: Config) -> None:
     """One line that names the options of the process in which another run's weights were trained otherwise."""
     here, there = dataclasses.asdict(config.diffusion), dataclasses.asdict(theirs.diffusion)
+    if here["kind"] != there["kind"]:
+        here = {"kind": here["kind"]}
     different = [
         f"--diffusion.{name.replace('_', '-')} {value} (there {there[name]})"
         for name, value in here.items()
-        if value != there[name] and not (name == "sigma" and config.diffusion.learn_sigma)
+        if value != there[name] and not (name == "sigma" and here["learn_sigma"])
     ]
     if different:
         say(f"warning: those weights were trained for another process than {', '.join(different)}")

@@ -39,6 +39,8 @@ def check_same_run(config: Config, saved: Config, where: str | os.PathLike[str])
     """Raises ConfigError, naming the first option that makes `config` another run than the saved one."""
     for group, options in dataclasses.asdict(config).items():
         before = dataclasses.asdict(saved)[group]
+        if options.get("kind") != before.get("kind"):  # the other options are not the same either
+            options = {"kind": options["kind"]}
         for name, value in options.items():
             harmless = name in HARMLESS.get(group, ())
             if name == "steps" and config.optim.schedule != "constant":

@@ -74,6 +74,20 @@ def test_sampling_by_label_writes_grid_and_npz(workdir, tmp_path):
     assert "6 generated digits" in report and "real test digits 98.9%" in report
 
 
+def test_flow_matching_by_the_same_commands(workdir, tmp_path):
+    data, folder = workdir.parent / "data", tmp_path / "flow"
+    args = ["--config", "configs/digits_flow.py", "--data.dir", data, "--train.workdir", folder, *TINY]
+    run("train.py", *args, "--train.steps", 2, "--train.sample-every", 2, "--train.sample-steps", 2)
+    assert json.loads((folder / "config.json").read_text())["diffusion"]["kind"] == "flow"
+    assert (folder / "samples" / "0000002.png").is_file()
+    found = run(
+        "sample.py", "--workdir", folder, "--sampler", "heun", "--steps", 2, "--num-samples", 4
+    ).stdout
+    assert "grid of 4 pictures of step 2" in found
+    wrong = run("sample.py", "--workdir", folder, "--sampler", "ddpm", code=2).stderr.splitlines()
+    assert wrong[-1].startswith("sample.py: --sampler is 'ddpm'; expected one of ")
+
+
 def test_what_is_wrong_is_said_in_one_line(workdir, tmp_path):
     def error(*command):
         lines = run(*command, code=2).stderr.strip().splitlines()

@@ -90,6 +90,14 @@ def test_gradients_are_finite_and_there(process, example):
     assert np.isfinite(gradient) and gradient != 0
 
 
+def test_gradients_are_finite_where_a_new_network_starts(process, example):
+    """Its last layer is zero, and so is its output."""
+    zero = jnp.zeros((*SHAPE[:-1], channels_out(process)))
+    loss = lambda output: process.training_losses(lambda x, t: output, *example)["loss"].mean()  # noqa: E731
+    gradient = np.asarray(jax.grad(loss)(zero))
+    assert np.isfinite(gradient).all() and 0 < np.abs(gradient).max() < 1e3
+
+
 def test_losses_close_the_network_over_its_condition(process, example):
     x0, t, noise = example
     seen = []

@@ -104,6 +104,9 @@ def test_pictures_do_not_depend_on_the_batch_size(model_and_params):
     assert whole.shape == (11, 16, 16, 3) and whole.dtype == np.uint8
     assert np.abs(whole.astype(int) - parts.astype(int)).max() <= 1
     assert whole.std() > 1
+    sampler = make_latent_sampler(model, CONFIG, OPTIONS, one_device())
+    one = sampler(params, 3, np.array([7], np.int32), np.array([labels[7]], np.int32))
+    assert np.abs(decoder(np.asarray(one))[0].astype(int) - whole[7].astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.conditions import drop_labels
+from dit_jax.conditions import condition_of, drop_labels
+from dit_jax.diffusion.create import create_process
 from dit_jax.planning import hlo
 from dit_jax.runs.state import zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate, make_optimizer
 from dit_jax.training.program import abstract_batch, build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
-from dit_jax.training.step import Draw, draw_key, summarise
+from dit_jax.training.step import Draw, draw_key, make_draws, summarise
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +147,16 @@ def test_labels_drop_at_their_rate():
     np.testing.assert_array_equal(dropped[~null], labels[~null])
     assert drop_labels(jax.random.key(0), labels, 0, 0.1) is labels
     assert drop_labels(jax.random.key(0), labels, 10, 0.0) is labels
+
+
+def test_the_step_drops_the_condition(tiny):
+    config = tiny.config(model={"class_dropout_prob": 0.5}, train={"batch_size": 128})
+    kind, batch = condition_of(config.model), tiny.batch(0, 128)
+    inputs = make_draws(config, kind, create_process(config.diffusion), 1.0, 0.0)(batch, jnp.zeros((), int))
+    labels = np.asarray(inputs["condition"]["label"])
+    null = labels == kind.null["label"]
+    assert 32 < null.sum() < 96
+    np.testing.assert_array_equal(labels[~null], batch["label"][~null])
 
 
 def test_draws_differ_by_seed_step_and_purpose():

@@ -46,8 +46,7 @@ def sample_dopri5(
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"rtol is {rtol} and atol {atol}; expected numbers above 0")
     denoiser = Denoiser(course, denoise_fn)
-    end = course.end if course.answers(course.end) else 0.0
-    first, last = (float(c) for c in course.clock(np.array([course.start, end])))
+    first, last = (float(c) for c in course.clock(np.array([course.start, course.last_asked])))
     field = _of_one_sample(denoiser)
 
     def solve(x: Array) -> tuple[Array, Array]:
@@ -63,9 +62,10 @@ def sample_dopri5(
 
     x, steps = jax.vmap(solve)(jnp.asarray(noise, jnp.float32))
     evaluations = STAGES * steps.max() + 1
-    if end != course.end:
+    if course.last_asked != course.end:
         euler = AdamsBashforth()
-        row = jax.tree.map(lambda table: table[0], cast(euler.rows(course, np.array([end, course.end]))))
+        rows = cast(euler.rows(course, np.array([course.last_asked, course.end])))
+        row = jax.tree.map(lambda table: table[0], rows)
         x, _ = euler.step(denoiser, x, (), row, None)
         evaluations = evaluations + 1
     return Drawn(x, None, evaluations)

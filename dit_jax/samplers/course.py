@@ -61,6 +61,11 @@ class Course(Protocol):
         """What `predict` is given at these times, (S,)."""
         ...
 
+    @property
+    def last_asked(self) -> float:
+        """The last time at which the network can be asked."""
+        ...
+
     def answers(self, time: float) -> bool:
         """Whether the network can be asked at this time."""
         ...
@@ -139,6 +144,10 @@ class GaussianCourse:
         whole = np.rint(shown).astype(np.int32)
         return whole if np.array_equal(whole, shown) else shown  # a network may count on whole timesteps
 
+    @property
+    def last_asked(self) -> float:
+        return 0.0
+
     def answers(self, time: float) -> bool:
         return time >= 0
 
@@ -196,6 +205,10 @@ class FlowCourse:
     def asked(self, times: np.ndarray) -> np.ndarray:
         return times
 
+    @property
+    def last_asked(self) -> float:
+        return self.end
+
     def answers(self, time: float) -> bool:
         return True
 
@@ -252,7 +265,7 @@ def times_at(course: Course, times: np.ndarray) -> Times:
 def time_of_log_ratio(course: Course, wanted: np.ndarray) -> np.ndarray:
     """The times (S,) at which log(alpha / sigma) has these values, by halving the way (it grows along it)."""
     early = np.full(wanted.shape, course.start)
-    late = np.full(wanted.shape, max(course.end, 0.0) if course.start > course.end else course.end)
+    late = np.full(wanted.shape, course.last_asked)
     for _ in range(math.ceil(math.log2(1e16))):
         middle = (early + late) / 2
         before = log_ratio(course.levels(middle)) < wanted

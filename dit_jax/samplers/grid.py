@@ -6,7 +6,7 @@
 | respaced  | time, whole timesteps from the first to the last, then the data: the published DDPM's and DDIM's  |
 | lambda    | log(alpha / sigma) (DPM-Solver, arXiv 2206.00927), then the end                                   |
 | karras    | (sigma / alpha)^(1/7) (Karras et al., arXiv 2206.00364, eq. 5), then the end                      |
-| quadratic | the root of the time that is left (DDIM, arXiv 2010.02502, appendix D.2)                          |
+| quadratic | the root of the time that is left (DDIM, arXiv 2010.02502, appendix D.2), then the end            |
 | shifted   | time, moved towards the noise as for a higher resolution (SD3, arXiv 2403.03206, eq. 23)          |
 
 N steps are N + 1 times; the last is the end of the course. respaced is for the Gaussian process alone.
@@ -47,12 +47,18 @@ def make_times(course: Course, grid: GridName, steps: int, shift: float = 3.0) -
         return _by_ratio(course, steps, lambda ratio: ratio, lambda even: even)
     if grid == "karras":
         return _by_ratio(course, steps, lambda r: -np.exp(-r / RHO), lambda even: -RHO * np.log(-even))
-    left = np.linspace(1, 0, steps + 1)
     if grid == "quadratic":
-        left = left**2
+        left = np.linspace(1, 0, steps + 1 if course.answers(course.end) else steps) ** 2
+        return _ending(course, course.last_asked + (course.start - course.last_asked) * left, steps)
+    gone = np.linspace(0, 1, steps + 1)
     if grid == "shifted":
-        left = 1 - shifted(1 - left, shift)
-    return check_times(course, course.end + (course.start - course.end) * left)
+        gone = shifted(gone, shift)
+    times = course.start + (course.end - course.start) * gone
+    if not course.answers(times[-2]):
+        raise ValueError(
+            f"steps is {steps}, with which grid {grid!r} steps over the last timestep; expected fewer"
+        )
+    return times
 
 
 def check_times(course: Course, times: np.ndarray) -> np.ndarray:
@@ -82,8 +88,8 @@ def _respaced(course: Course, steps: int) -> np.ndarray:
             "grid is 'respaced', which counts timesteps; expected another for a process without them"
         )
     total = course.process.num_timesteps
-    if steps > total:
-        raise ValueError(f"steps is {steps}; expected at most the process's {total}")
+    if not 2 <= steps <= total:
+        raise ValueError(f"steps is {steps}; expected 2 to {total}, the timesteps of training")
     return np.append(space_timesteps(total, str(steps))[::-1], course.end).astype(np.float64)
 
 
@@ -93,13 +99,20 @@ def _by_ratio(
     warp: Callable[[np.ndarray], np.ndarray],
     back: Callable[[np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """`steps` times that are even in a function of log(alpha / sigma), and the end."""
-    ends = [course.start, max(course.end, 0.0) if course.start > course.end else course.end]
-    ratios = log_ratio(course.levels(np.array(ends)))
+    """Times that are even in a function of log(alpha / sigma) as far as that is finite, and the end."""
+    ends = [course.start, course.last_asked]
+    finite = np.isfinite(log_ratio(course.levels(np.array(ends))))
     for i, inwards in enumerate((1, -1)):
-        if not np.isfinite(ratios[i]):
+        if not finite[i]:
             ends[i] += inwards * INSIDE * (course.end - course.start)
     low, high = warp(log_ratio(course.levels(np.array(ends))))
-    times = time_of_log_ratio(course, back(np.linspace(low, high, steps)))
+    count = steps + 1 if course.answers(course.end) and finite[1] else steps
+    times = time_of_log_ratio(course, back(np.linspace(low, high, count)))
+    return _ending(course, times, steps)
+
+
+def _ending(course: Course, times: np.ndarray, steps: int) -> np.ndarray:
+    """These times, the first and the last of steps + 1 being exactly those of the course."""
+    times = np.append(times[:steps], course.end)
     times[0] = course.start
-    return check_times(course, np.append(times, course.end))
+    return check_times(course, times)

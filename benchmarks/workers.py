@@ -25,8 +25,8 @@ Work = Mapping[str, Callable[[], Any]]
 ENVIRONMENT = "environment"  # asked for like a piece of work
 
 # What makes a processor with AVX-512 compute as one without: XLA's flags, then those of PyTorch's libraries. YNNPACK,
-# which multiplies for XLA, asks the processor and not the first flag: the second does without it, which costs XLA more
-# than a processor without AVX-512 would.
+# which multiplies for XLA, asks the processor and not the first flag. The second does without it: XLA is then slower
+# than on a processor without AVX-512.
 WITHOUT_AVX512 = {
     "XLA_FLAGS": "--xla_cpu_max_isa=AVX2 --xla_cpu_experimental_ynn_fusion_type=",
     "ATEN_CPU_CAPABILITY": "avx2",

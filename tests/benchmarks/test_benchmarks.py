@@ -58,6 +58,16 @@ def test_a_benchmark_checks_times_and_writes(script, more, peers, tmp_path):
     assert any(name.startswith("peer") for name in result["correctness"])
 
 
+def test_bare_products_are_timed_beside_the_peers(tmp_path):
+    done = run("products.py", *TINY, "--peer", "torch", out=tmp_path / "result.json")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    kinds = {"forward", "gradient_of_inputs", "gradient_of_weights"}
+    assert result["results"].keys() == kinds == result["correctness"].keys()
+    for found in result["results"].values():
+        assert found["jax"]["tflops"] > 0 and found["torch"]["time_ratio"] > 0
+
+
 @pytest.mark.slow
 def test_a_network_that_computes_something_else_is_not_timed(tmp_path):
     wrong = "import dit_jax.models.norms as b; b.EPSILON = 1.0; import harness\n"

@@ -26,9 +26,9 @@ from dit_jax.generation.sampling import (
     make_latent_sampler,
     sample_keys,
     start_noise,
-    unrolls,
 )
 from dit_jax.models import cost
+from dit_jax.models.compute import unrolls
 from dit_jax.models.create import build_model
 
 STEPS_TO_CHECK = 4

@@ -85,8 +85,9 @@ class ComputeConfig:
     """What the backward pass recomputes: nothing; all but block inputs; all but linear layers' outputs; all but
     linear layers' and attention's outputs."""
     unroll: Literal[True, False, "auto"] = "auto"
-    """Unroll the loop over layers: longer compilation, at times faster steps. auto: when sampling on a single CPU
-    device, where they are wide. Parameters keep their layout. Without a value true; --compute.no-unroll is false."""
+    """Unroll the loop over layers: longer compilation, at times faster steps. auto: on a single CPU device, where
+    they are wide (256 channels or more). Parameters keep their layout. Without a value true; --compute.no-unroll is
+    false."""
 
 
 @dataclass(frozen=True)

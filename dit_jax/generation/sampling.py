@@ -30,6 +30,7 @@ from dit_jax.diffusion.process import Process
 from dit_jax.diffusion.samplers import sample_keys, start_noise
 from dit_jax.generation.room import check_pictures
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
+from dit_jax.models.compute import unrolls
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid, to_uint8
@@ -64,17 +65,6 @@ def sampling_model(config: Config) -> DiT:
     """The network of a resolved config, computed as this machine can: it may not be the one that trained."""
     model = build_model(config)
     return model.clone(compute=model.compute.served_by(jax.default_backend()))
-
-
-# Narrower layers are compiled longer than a few batches take (docs/performance.md, "CPU").
-UNROLLED_WIDTH = 256
-
-
-def unrolls(unroll: bool | str, width: int, mesh: Mesh) -> bool:
-    """Whether sampling unrolls the loop over layers: "auto" does on a single CPU device, where they are wide."""
-    if unroll != "auto":
-        return bool(unroll)
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and width >= UNROLLED_WIDTH
 
 
 def batch_axes(mesh: Mesh) -> PartitionSpec:

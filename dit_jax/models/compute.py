@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dit_jax.config import ConfigError
 from dit_jax.models.kernels import derivatives, float8, products, tokens_last
@@ -121,6 +122,17 @@ class Compute:
     def gelu(self, x: Array) -> Array:
         """GELU in its tanh approximation (arXiv 1606.08415)."""
         return jax.nn.gelu(x, approximate=True) if self.plain else derivatives.gelu(x)
+
+
+# Narrower layers are compiled longer than the faster steps save (docs/performance.md, "CPU").
+UNROLLED_WIDTH = 256
+
+
+def unrolls(unroll: bool | str, width: int, mesh: Mesh) -> bool:
+    """Whether the loop over layers is unrolled: "auto" does it on a single CPU device, where they are wide."""
+    if unroll != "auto":
+        return bool(unroll)
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" and width >= UNROLLED_WIDTH
 
 
 def resolve_attention(kernel: str, dtype: Any, num_tokens: int, head_dim: int, device: Any = None) -> str:

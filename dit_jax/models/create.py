@@ -22,7 +22,7 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
         norm_kernel=c.norm_kernel,
         quantization=c.quantization,
         remat=c.remat,
-        unroll=c.unroll is True,  # what "auto" is in training; sampling has its own
+        unroll=c.unroll is True,  # "auto" is for those who know the devices (`compute.unrolls`)
         batch_sharding=batch_sharding,
     )
     return BUILDERS[config.model.kind](config, compute)

@@ -17,7 +17,7 @@ from dit_jax.conditions import condition_of
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.process import Process
-from dit_jax.models.compute import TOKENS_LAST, cudnn_serves, resolve_attention
+from dit_jax.models.compute import TOKENS_LAST, cudnn_serves, resolve_attention, unrolls
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
 from dit_jax.runs.state import TrainState
@@ -99,7 +99,9 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
             f"{asked(config.mesh)} means --mesh.tensor {mesh.shape['tensor']}; expected a divisor of "
             f"--model.num-heads {heads}"
         )
-    model, optimizer = build_model(config), make_optimizer(config)
+    model = build_model(config)
+    model = model.computed(unroll=unrolls(c.unroll, model.hidden_size, mesh))
+    optimizer = make_optimizer(config)
     process = create_process(config.diffusion)
     state = abstract_state(config, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -108,7 +110,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
         return init_state(model, optimizer, config, draw_key(config.train.seed, 0, Draw.INIT))
 
     train_step = make_train_step(
-        build_model(config, batch_sharding(mesh)), process, optimizer, config,
+        model.computed(batch_sharding=batch_sharding(mesh)), process, optimizer, config,
         scaling_factor=scaling_factor, shift_factor=shift_factor,
         microbatches=microbatches, mesh=mesh, grad_shardings=_gradient_shardings(state),
     )  # fmt: skip

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from dit_jax.conditions import label_numbers
 from dit_jax.config import ComputeConfig, Config, ConfigError, DiffusionConfig, ModelConfig, resolve
-from dit_jax.generation import sampling
 from dit_jax.generation.sampling import (
     SamplingOptions,
     check_sampling,
@@ -20,9 +19,9 @@ from dit_jax.generation.sampling import (
     make_decoder,
     make_latent_sampler,
     sampling_model,
-    unrolls,
 )
 from dit_jax.interop.diffusers import load_autoencoder_kl
+from dit_jax.models.compute import unrolls
 from dit_jax.models.create import build_model
 
 CONFIG = resolve(
@@ -198,7 +197,7 @@ def test_wide_layers_unroll_by_themselves_where_one_cpu_device_samples(monkeypat
     assert not (unrolls("auto", 128, one) or unrolls("auto", 384, two) or unrolls(False, 384, one))
 
     def loops(unroll, width):
-        monkeypatch.setattr(sampling, "UNROLLED_WIDTH", width)
+        monkeypatch.setattr("dit_jax.models.compute.UNROLLED_WIDTH", width)
         model = dataclasses.replace(CONFIG.model, depth=3)
         config = dataclasses.replace(CONFIG, model=model, compute=ComputeConfig(unroll=unroll))
         options = SamplingOptions(steps=5 + width)  # programs are kept by their arguments

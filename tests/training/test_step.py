@@ -65,6 +65,20 @@ def test_totals_sum_the_metrics_and_the_state_is_donated(five_steps, tiny):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
+def test_wide_layers_unroll_by_themselves_on_one_cpu_device(tiny, monkeypatch):
+    def loops(unroll, width, devices=1):
+        monkeypatch.setattr("dit_jax.models.compute.UNROLLED_WIDTH", width)
+        config = tiny.config(compute={"unroll": unroll})
+        mesh = make_mesh(config.mesh, jax.devices()[:devices])
+        program = build_program(config, mesh, scaling_factor=0.5, shift_factor=0.1)
+        text = program.step.lower(program.state, abstract_batch(config, mesh)).as_text()
+        return program.model.compute.unroll, text.count("stablehlo.while")
+
+    rolled = loops(False, 32)
+    assert loops("auto", 32) == loops(True, 33) == (True, rolled[1] - 2)  # forward and backward
+    assert loops("auto", 33) == loops("auto", 32, devices=2) == rolled
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])  # they leave an update out in different ways
 def test_a_bad_batch_changes_nothing_but_the_counts(five_steps, tiny, platform, monkeypatch):
     program, states, history = five_steps

@@ -1,39 +1,31 @@
-"""What a network costs: arithmetic, parameters, memory.
+"""What a network costs: arithmetic, parameters, memory. All is read from the traced network; nothing is computed.
 
-The DiT paper's "Gflops" are multiply-accumulates (MACs) of one forward pass; FLOPs are twice that, and a
-training step costs three forward passes. Counted are all matrix products, and one MAC per element for each
-block's modulation (scale and shift): the convention under which the paper's figures come out.
-
-Letters: N tokens, D width, L layers, M hidden width of the MLP, P patch side, C latent channels.
+The DiT paper's "Gflops" are multiply-accumulates (MACs) of one forward pass, counted as `arithmetic` says; FLOPs are
+twice that, and a training step costs three forward passes.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
 from dit_jax.config import Config
-from dit_jax.models.blocks import MODULATIONS
-
-# Activations that a block keeps for the backward pass, in units of (tokens x width), MLP ratio 4, with fused
-# attention: everything; matmul outputs and block input; attention's output as well; the block input alone.
-_SAVED = {"none": 18, "dots": 10, "dots_attention": 11, "full": 1}
+from dit_jax.models.arithmetic import count_macs
+from dit_jax.models.create import build_model, init_params
+from dit_jax.models.dit import DiT
 
 
+@functools.lru_cache(maxsize=64)
 def forward_macs(config: Config) -> int:
-    """MACs of one forward pass on one latent, for a resolved config."""
-    m = config.model
-    assert m.patch_size and m.hidden_size and m.depth
-    n, d, hidden = m.num_tokens, m.hidden_size, int(m.hidden_size * m.mlp_ratio)
-    conditions = 2 if m.num_classes > 0 else 1
-    t = n + (conditions if m.conditioning == "in_context" else 0)
-    block = t * (4 * d * d + 2 * d * hidden) + 2 * t * t * d
-    if m.conditioning == "cross_attention":
-        block += 2 * n * d * d + 2 * conditions * d * d + 2 * n * conditions * d
-    vectors = MODULATIONS[m.conditioning]
-    if vectors:
-        block += vectors * d * d + 2 * n * d
-    patch = m.patch_size**2 * m.in_channels
-    out = patch * (2 if config.diffusion.learn_sigma else 1)
-    ends = n * d * (patch + out) + (256 * d + d * d) + (2 * d * d if vectors else 0)
-    return m.depth * block + ends
+    """MACs of one forward pass on one latent, for a resolved config.
+
+    Counted on the plain network, whatever kernels compute it: what a kernel computes twice is no part of it.
+    """
+    model = _in_a_loop(config).plain()
+    return count_macs(_apply(model), _parameters(config), *_inputs(model, 1))
 
 
 def train_flops_per_image(config: Config) -> int:
@@ -43,32 +35,58 @@ def train_flops_per_image(config: Config) -> int:
 
 def parameter_count(config: Config) -> int:
     """Number of trained parameters (the frozen position table is not one)."""
-    import jax
-    import jax.numpy as jnp
-
-    from dit_jax.models.create import build_model
-
-    m = config.model
-    x = jnp.zeros((1, *m.input_size, m.in_channels))
-    t = jnp.zeros(1, jnp.int32)
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), x, t, t)
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(_parameters(config)))
 
 
+@functools.lru_cache(maxsize=64)
 def activation_bytes_per_image(config: Config) -> int:
-    """Estimate of the activations kept for the backward pass, per image, with fused attention.
+    """Activations that the network's forward pass keeps for its backward pass, in bytes per image.
 
-    Without it (attention "einsum") the float32 logits and their softmax come on top.
+    Counted is what jax's derivative of the network hands from one to the other, as far as it grows with the batch:
+    what `compute.remat` leaves of it, in the types in which it is kept. Not counted is what lives within the pass
+    of one block, and what a compiler decides to keep, or to compute anew, by itself; 8-bit products count as others.
+    Attention is as the config says, where "auto" and "cudnn" keep what every fused kernel does: queries, keys,
+    values, output and the softmax's statistics, no array of tokens x tokens.
     """
-    m, c = config.model, config.compute
-    assert m.hidden_size and m.depth and m.num_heads
-    n, width = m.num_tokens, 2 if c.dtype == "bfloat16" else 4
-    kept = m.depth * _SAVED[c.remat] * n * m.hidden_size * width
-    if c.attention == "einsum" and c.remat == "none":
-        kept += m.depth * m.num_heads * n * n * (4 + width)
-    return kept
+    kernel = config.compute.attention
+    fused = "tokens_last" if kernel in ("auto", "cudnn") else kernel
+    model = _in_a_loop(config).computed(attention=fused, norm_kernel="xla", quantization="none")
+    one, two = (_kept_bytes(model, _parameters(config), images) for images in (1, 2))
+    return two - one  # parameters are in both
 
 
 def state_bytes(config: Config) -> int:
     """Bytes of the training state in float32: parameters, Adam's two moments and one EMA."""
     return 16 * parameter_count(config)
+
+
+def _kept_bytes(model: DiT, params: Any, images: int) -> int:
+    """Bytes of all that the backward pass is given, parameters included."""
+
+    def backward(params: Any, *inputs: Any) -> Any:
+        return jax.vjp(lambda params: _apply(model)(params, *inputs), params)[1]
+
+    kept = jax.eval_shape(backward, params, *_inputs(model, images))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+
+
+def _in_a_loop(config: Config) -> DiT:
+    """The network with its layers in a loop, so that one of them is traced for all."""
+    return build_model(config).computed(unroll=False)
+
+
+def _apply(model: DiT) -> Any:
+    return lambda params, *inputs: model.apply({"params": params}, *inputs)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(config: Config) -> Any:
+    """Shapes and types of the parameters, which no kernel changes."""
+    model = _in_a_loop(config).plain()
+    return jax.eval_shape(lambda key: init_params(model, config, key), jax.random.key(0))
+
+
+def _inputs(model: DiT, images: int) -> tuple[Any, ...]:
+    """Shapes and types of so many latents, times and conditions."""
+    latents = jax.ShapeDtypeStruct((images, *model.latent_size, model.in_channels), jnp.float32)
+    return latents, jax.ShapeDtypeStruct((images,), jnp.int32), model.condition.shapes(images)

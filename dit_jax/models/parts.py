@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dit_jax.config import ConfigError
+from dit_jax.models.arithmetic import modulated
 from dit_jax.models.attention import QueriesKeys
 from dit_jax.models.compute import Compute
 from dit_jax.models.embeddings import sincos_positions
@@ -60,7 +61,7 @@ class Norm:
             return self.fused(x, branch, gate, shift, scale, compute.dtype, compute.batch_sharding)
         if branch is not None:
             x = add_gated(x, branch, gate)
-        return x, self.modulate(x, shift, scale, compute)
+        return x, modulated(self.modulate(x, shift, scale, compute))
 
 
 LAYER_NORM = Norm(normalize, AffineNorm, derivatives.modulate, fused_norm.gate_residual_modulate)

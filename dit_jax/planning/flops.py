@@ -58,8 +58,8 @@ def table(configs: Sequence[Config], batch_per_device: int, devices: int) -> str
         )
     rows.append(
         f"GMACs and GFLOPs: one forward pass per image; train: forward and backward. Memory per device: state is "
-        f"float32 parameters, Adam\nand EMA over {devices} device(s); activations are an estimate for "
-        f"{batch_per_device} images, remat as in the config."
+        f"float32 parameters, Adam\nand EMA over {devices} device(s); activations are what the forward pass of "
+        f"{batch_per_device} images keeps for the backward pass,\nattention fused unless the config says otherwise."
     )
     return "\n".join(rows)
 

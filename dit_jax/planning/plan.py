@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ from dit_jax.config import Config
 from dit_jax.data.metadata import DataError, load_metadata
 from dit_jax.devices import peak_flops
 from dit_jax.models import cost
+from dit_jax.models.compute import resolve_attention
 from dit_jax.training.program import abstract_state
 from dit_jax.training.sharding import bytes_per_device, check_batch, make_mesh
 
@@ -34,7 +36,7 @@ def describe_plan(config: Config) -> str:
     }
     memory = {name: _device_bytes(tree) for name, tree in parts.items()}
     images = t.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]) // microbatches
-    memory[f"activations of {images} images"] = images * cost.activation_bytes_per_image(config)
+    memory[f"activations of {images} images"] = images * cost.activation_bytes_per_image(_here(config))
     checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     device = jax.devices()[0]
     lines = [
@@ -56,6 +58,13 @@ def describe_plan(config: Config) -> str:
             "--mesh.preset fsdp or a --train.microbatch"
         )
     return "\n".join(lines)
+
+
+def _here(config: Config) -> Config:
+    """The config with the attention that "auto" means on the devices at hand."""
+    m, c = config.model, config.compute
+    attention: Any = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim)
+    return dataclasses.replace(config, compute=dataclasses.replace(c, attention=attention))
 
 
 def _device_bytes(tree: Any) -> int:

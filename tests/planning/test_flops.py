@@ -1,12 +1,13 @@
 """Parameters and arithmetic against the paper's tables and against XLA's own count."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dit_jax.config import Config, ModelConfig, resolve
+from dit_jax.config import ComputeConfig, Config, ModelConfig, resolve
 from dit_jax.devices import peak_flops
 from dit_jax.models import cost
 from dit_jax.models.create import build_model
@@ -58,6 +59,86 @@ def test_conditionings_are_the_papers(conditioning, gmacs, params):
     config = named("DiT-XL/2", conditioning=conditioning)
     assert cost.forward_macs(config) / 1e9 == pytest.approx(gmacs, rel=0.005)
     assert cost.parameter_count(config) / 1e6 == pytest.approx(params, rel=0.005)
+
+
+def by_formula(config):
+    """MACs of one forward pass, written down for these four blocks by hand: N tokens, D width, M hidden width."""
+    m = config.model
+    n, d, hidden = m.num_tokens, m.hidden_size, int(m.hidden_size * m.mlp_ratio)
+    conditions = 2 if m.num_classes > 0 else 1
+    t = n + (conditions if m.conditioning == "in_context" else 0)
+    block = t * (4 * d * d + 2 * d * hidden) + 2 * t * t * d
+    if m.conditioning == "cross_attention":
+        block += 2 * n * d * d + 2 * conditions * d * d + 2 * n * conditions * d
+    vectors = {"adaln": 4, "adaln_zero": 6}.get(m.conditioning, 0)
+    if vectors:
+        block += vectors * d * d + 2 * n * d
+    patch = m.patch_size**2 * m.in_channels
+    out = patch * (2 if config.diffusion.learn_sigma else 1)
+    return m.depth * block + n * d * (patch + out) + 256 * d + d * d + (2 * d * d if vectors else 0)
+
+
+@pytest.mark.parametrize("conditioning", ["in_context", "cross_attention", "adaln", "adaln_zero"])
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-L/2", "DiT-XL/2"])
+def test_the_count_is_the_formula(name, conditioning):
+    for num_classes in (0, 1000):
+        config = named(name, conditioning=conditioning, num_classes=num_classes)
+        assert cost.forward_macs(config) == by_formula(config)
+    fixed = dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, learn_sigma=False))
+    assert cost.forward_macs(fixed) == by_formula(fixed)
+
+
+def test_how_it_is_computed_does_not_change_the_count():
+    config = named("DiT-S/4", depth=3)
+    other = ComputeConfig(dtype="bfloat16", attention="tokens_last_by_head", remat="dots", unroll=True)
+    assert cost.forward_macs(dataclasses.replace(config, compute=other)) == by_formula(config)
+
+
+# What a block of adaLN-Zero keeps, in units of (tokens x width), MLP ratio 4. Everything: its input, both norms,
+# queries, keys, values, attention's output, its projection gated, the sum with it, the MLP's hidden layer twice, its
+# output.
+KEPT = {"none": 18, "dots": 10, "dots_attention": 11, "full": 1}
+
+
+@pytest.mark.parametrize(("remat", "dtype"), [*((remat, "bfloat16") for remat in KEPT), ("none", "float32")])
+def test_activations_follow_the_remat_policy(remat, dtype):
+    def kept(**compute):
+        whole = named("DiT-B/2")
+        compute = ComputeConfig(dtype=dtype, remat=remat, **compute)
+        shallow = dataclasses.replace(whole, model=dataclasses.replace(whole.model, depth=2))
+        deep, flat = (
+            cost.activation_bytes_per_image(dataclasses.replace(c, compute=compute)) for c in (whole, shallow)
+        )
+        return (deep - flat) / 10  # a block's
+
+    size = 2 if dtype == "bfloat16" else 4
+    unit = 256 * 768 * size
+    vectors = 6 * 768 * size
+    assert kept() == pytest.approx(KEPT[remat] * unit + vectors, rel=0.012)
+    assert kept(attention="cudnn") == kept()
+    if remat == "none":  # the softmax before and after its rounding
+        assert kept(attention="einsum") - kept() > 12 * 256 * 256 * size
+    else:
+        assert kept(attention="einsum") == pytest.approx(kept(), rel=0.005)
+
+
+def test_activations_grow_with_what_is_kept_of_other_blocks():
+    adaln, zero, cross = (
+        cost.activation_bytes_per_image(named("DiT-B/4", conditioning=c))
+        for c in ("adaln", "adaln_zero", "cross_attention")
+    )
+    assert adaln < zero < cross
+
+
+def test_costs_are_known_quickly():
+    config = named("DiT-XL/2", num_classes=7)
+    start = time.process_time()
+    for cost_of in (cost.forward_macs, cost.activation_bytes_per_image, cost.parameter_count):
+        cost_of(config)
+    assert time.process_time() - start < 10  # about one second; half a minute would be felt
+    start = time.process_time()
+    cost.train_flops_per_image(config)
+    assert time.process_time() - start < 0.01  # kept
 
 
 @pytest.mark.parametrize("conditioning", ["in_context", "cross_attention", "adaln", "adaln_zero"])
@@ -113,7 +194,7 @@ def test_command_prints_the_family(capsys):
         "1049.21",
         "3147.6",
         "1.35",
-        "38.05",
+        "38.29",
     ]
     assert len([line for line in lines if line.startswith("DiT-")]) == 16
 

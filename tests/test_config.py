@@ -3,11 +3,16 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 
 import pytest
 
 from dit_jax import config as c
+from dit_jax.diffusion.create import create_process
+from dit_jax.models.create import build_model
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 RECIPE = """
 from dit_jax.config import Config, ModelConfig, TrainConfig
@@ -389,6 +394,23 @@ def test_flow_matching_that_could_not_train_is_refused(options, message):
     flow(loss_weight="likelihood", prediction="noise")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("None", "--diffusion is None"),
+        ("ModelConfig()", "--diffusion.kind is 'dit'; expected gaussian or flow"),
+        ("FlowMatchingConfig(kind='gaussian')", "--diffusion.prediction is 'velocity'; input should be"),
+        ("FlowMatchingConfig(path=3)", "--diffusion.path is 3; input should be"),
+        ("FlowMatchingConfig", "the config cannot be written as JSON"),
+    ],
+)
+def test_a_recipe_whose_process_is_none_is_told_in_one_sentence(tmp_path, given, message):
+    path = tmp_path / "recipe.py"
+    path.write_text(f"from dit_jax.config import *\nconfig = Config(diffusion={given})\n")
+    with pytest.raises(c.ConfigError, match=message):
+        c.parse_args(["--config", str(path)])
+
+
 def test_the_recipe_chooses_the_kind_and_its_options(recipe, tmp_path, capsys):
     of_flow = tmp_path / "flow.py"
     of_flow.write_text(
@@ -411,3 +433,12 @@ def test_the_recipe_chooses_the_kind_and_its_options(recipe, tmp_path, capsys):
             c.parse_args(["--config", str(path), f"--diffusion.{other}", "3"])
         assert stop.value.code == 2
         capsys.readouterr()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_recipe_builds_its_network_and_process(path):
+    config = c.resolve(c.load(path))
+    process, model = create_process(config.diffusion), build_model(config)
+    assert process.loss_names[0] == "loss"
+    assert model.out_channels == config.model.in_channels * (2 if config.diffusion.learn_sigma else 1)
+    assert config.train.workdir == f"runs/{path.stem}"

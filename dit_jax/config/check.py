@@ -27,7 +27,7 @@ def resolve(config: Config) -> Config:
 
     Raises ConfigError for a wrong type, a value out of range or sizes that do not divide.
     """
-    config = _typed(config)
+    config = typed(config)
     m = config.model
     named = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), model_sizes(m.name), strict=True))
     filled: dict[str, Any] = {k: v for k, v in named.items() if getattr(m, k) is None}
@@ -36,7 +36,7 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _typed(config: Config) -> Config:
+def typed(config: Config) -> Config:
     """The config with values of the declared types that a run can use: text, finite numbers of 32 bits."""
     try:
         text = to_json(config)

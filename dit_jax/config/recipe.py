@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dit_jax.config.check import resolve
+from dit_jax.config.check import resolve, typed
 from dit_jax.config.saved import from_json, shown
 from dit_jax.config.schema import Config, ConfigError
 from dit_jax.config.upgrade import where_it_is_now, with_new_names
@@ -105,7 +105,7 @@ def parse_args(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default)
     known, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
-    recipe = load(known.config)
+    recipe = typed(load(known.config))  # tyro would answer a wrong default with a page
     config = tyro.cli(
         Config,
         args=_spell_unroll(with_new_names(_without_kinds(rest, recipe))),

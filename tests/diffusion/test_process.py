@@ -200,6 +200,8 @@ def test_training_times_are_of_the_key_and_in_range(process):
     if isinstance(process, FlowMatching):
         low, high = process.training_interval()
         assert t.dtype == np.float32 and low <= t.min() and t.max() <= high
+        drawn = np.asarray(process.times.draw(jax.random.key(0), 2000))
+        np.testing.assert_allclose((t - low) / (high - low), drawn, atol=1e-5)
     else:
         assert t.dtype == np.int32 and set(t) <= set(range(process.num_timesteps))
 

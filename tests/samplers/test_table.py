@@ -73,7 +73,9 @@ def cases():
     return [(process, name) for process in ("gaussian", "flow") for name in samplers_for(PROCESSES[process])]
 
 
-@pytest.mark.parametrize(("process", "name"), cases())
+@pytest.mark.parametrize(
+    ("process", "name"), [*cases(), ("v", "dopri5"), ("v", "unipc_3"), ("vp", "dpmpp_2m")]
+)
 def test_samples_have_the_datas_mean_and_covariance(process, name):
     x = drawn(process, Choice(name, steps=100, eta=0.5 if name == "ddim" else 0.0)).x[:, 0, 0]
     deviation = np.sqrt(np.diag(COVARIANCE))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from dit_jax.models.create import init_params
 from dit_jax.pictures import save_grid
 from dit_jax.runs.weights import load_weights
 from dit_jax.runs.workdir import read_metadata
+from dit_jax.samplers.grid import GRIDS, GridName
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,18 @@ class SampleArgs:
     num_samples: int = 64
     """How many pictures."""
     sampler: str | None = None
-    """Name of a sampler, such as ddim (the default of a Gaussian run), ddpm (ancestral), euler (the default under
-    flow matching), heun or euler_maruyama; a name that does not serve the run is answered with those that do."""
+    """Name of a sampler, such as ddim (the default of a Gaussian run), ddpm (ancestral), dpmpp_2m, unipc_2, euler
+    (the default under flow matching), heun or dopri5; a name that does not serve the run is answered with those
+    that do."""
     steps: int = 50
     """Sampling steps."""
     eta: float = 0.0
     """Noise of DDIM: 0 deterministic, 1 like DDPM."""
+    grid: str | None = None
+    """Where the sampler stops: uniform, respaced (whole timesteps, for ddpm and ddim), lambda, karras, quadratic,
+    shifted, or the times themselves from noise to data, such as 999,700,300,-1 (default: the sampler's own)."""
+    grid_shift: float = 3.0
+    """Of --grid shifted: above 1 more steps are near the noise."""
     cfg_scale: float = 1.5
     """Guidance scale; 1 for none."""
     cfg_channels: int | Literal["all"] = "all"
@@ -106,8 +113,21 @@ def sampling_options(args: SampleArgs) -> SamplingOptions:
     if not 0 <= args.seed < 2**31:
         raise ConfigError(f"--seed is {args.seed}; expected 0 to {2**31 - 1}")
     return SamplingOptions(
-        args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta
-    )
+        args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta,
+        parse_grid(args.grid), args.grid_shift,
+    )  # fmt: skip
+
+
+def parse_grid(text: str | None) -> GridName | tuple[float, ...] | None:
+    """A grid's name, or times such as 999,500,-1; ConfigError for what is neither."""
+    if text is None or text in GRIDS:
+        return cast(GridName | None, text)
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--grid is {shown(text)}; expected {', '.join(GRIDS)}, or times such as 999,500,-1"
+        ) from None
 
 
 def main(args: SampleArgs) -> int:
@@ -133,11 +153,14 @@ def main(args: SampleArgs) -> int:
     )
     params, step = load_weights(run.workdir / "checkpoints", like, config, args.weights, args.step)
     decoder = load_decoder(run.metadata, args.vae)
+    counts: list[int] = []
     images = generate_images(
-        model, params, config, options, condition, decoder, mesh, args.seed, args.batch_size, progress=True
-    )
+        model, params, config, options, condition, decoder, mesh, args.seed, args.batch_size,
+        progress=True, told=counts.append,
+    )  # fmt: skip
     if jax.process_index() != 0:
         return 0
+    print(f"{max(counts)} evaluations of the network for each sample")
     if args.npz:
         save_samples(args.npz, images, condition["label"])
         print(f"{len(images)} pictures of step {step}: {args.npz}")

@@ -35,6 +35,7 @@ from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid, to_uint8
 from dit_jax.processes import all_fail_alike
+from dit_jax.samplers.grid import GridName
 from dit_jax.samplers.table import Choice, default_sampler, plan
 from dit_jax.samplers.table import sample as draw_samples
 
@@ -46,7 +47,7 @@ class SamplingOptions:
     """How latents are drawn.
 
     Attributes: `sampler` a name in `dit_jax.samplers.table`, None for the process's default; `channels` and
-    `interval` as in `classifier_free_guidance`; `eta` is DDIM's.
+    `interval` as in `classifier_free_guidance`; `eta` is DDIM's; `grid` and `grid_shift` as in `Choice`.
     """
 
     sampler: str | None = None
@@ -55,10 +56,13 @@ class SamplingOptions:
     channels: Literal["all"] | int = "all"
     interval: tuple[float, float] | None = None
     eta: float = 0.0
+    grid: GridName | tuple[float, ...] | None = None
+    grid_shift: float = 3.0
 
     def choice(self, process: Process) -> Choice:
         """What a sampler of this process is told."""
-        return Choice(self.sampler or default_sampler(process), self.steps, self.eta)
+        sampler = self.sampler or default_sampler(process)
+        return Choice(sampler, self.steps, self.eta, self.grid, self.grid_shift)
 
 
 def sampling_model(config: Config) -> DiT:
@@ -74,10 +78,11 @@ def batch_axes(mesh: Mesh) -> PartitionSpec:
 
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
 def make_latent_sampler(
-    model: DiT, config: Config, options: SamplingOptions, mesh: Mesh
-) -> Callable[[Any, int, Array | np.ndarray, Any], Array]:
+    model: DiT, config: Config, options: SamplingOptions, mesh: Mesh, counted: bool = False
+) -> Callable[[Any, int, Array | np.ndarray, Any], Any]:
     """A jitted (params, seed, sample indices (B,), condition of B) -> latents (B, H, W, C), replicated.
 
+    counted: (latents, how often the network ran) instead.
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
     """
     process = create_process(config.diffusion)
@@ -89,7 +94,7 @@ def make_latent_sampler(
 
     kind = model.condition
 
-    def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Array:
+    def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Any:
         keys = sample_keys(jax.random.key(seed), indices)
         noise = start_noise(keys, (*model.latent_size, model.in_channels))
 
@@ -99,7 +104,8 @@ def make_latent_sampler(
         denoise = classifier_free_guidance(
             network, kind.tree(condition), kind.null, options.cfg_scale, options.channels, options.interval
         )
-        return draw_samples(process, denoise, noise, keys, choice=choice).x
+        drawn = draw_samples(process, denoise, noise, keys, choice=choice)
+        return (drawn.x, drawn.evaluations) if counted else drawn.x
 
     return jax.jit(
         sample, in_shardings=(None, None, split, split), out_shardings=whole,
@@ -141,9 +147,11 @@ def generate_images(
     seed: int = 0,
     batch_size: int = 128,
     progress: bool = False,
+    told: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Images (N, h, w, 3) uint8 of samples 0..N-1 with this condition, such as labels (N,).
 
+    told: is called after every batch with how often the network ran for it.
     In a run of several processes all must call; only process 0 decodes, the others get an empty array.
     Raises ConfigError for a condition or options that the model cannot serve.
     """
@@ -153,7 +161,7 @@ def generate_images(
     devices = mesh.size // mesh.shape.get("tensor", 1)
     batch_size = min(batch_size, count)
     batch_size += -batch_size % devices
-    sampler = make_latent_sampler(model, config, options, mesh)
+    sampler = make_latent_sampler(model, config, options, mesh, True)
     split = NamedSharding(mesh, batch_axes(mesh))
 
     def place(numbers: np.ndarray) -> Array:  # jit takes no NumPy array that is split over several processes
@@ -168,7 +176,8 @@ def generate_images(
             rows, part = np.minimum(indices, count - 1), min(batch_size, count - start)
             given = jax.tree.map(lambda array, rows=rows: place(array[rows]), condition)
             try:
-                latents = np.asarray(sampler(params, seed, place(indices), given))[:part]
+                drawn, evaluations = sampler(params, seed, place(indices), given)
+                latents = np.asarray(drawn)[:part]
             except jax.errors.JaxRuntimeError:  # too little memory, say
                 all_fail_alike()
                 raise
@@ -183,6 +192,8 @@ def generate_images(
                     if jax.process_count() == 1:
                         raise
                     problem = error  # raised below: the others need this process for their samples
+            if told is not None:
+                told(int(evaluations))
             bar.update(part)
     if problem is not None:
         raise problem
@@ -205,7 +216,8 @@ def check_sampling(model: DiT, config: Config, options: SamplingOptions, conditi
     try:
         plan(process, options.choice(process))
     except ValueError as error:
-        raise ConfigError(f"--{error}") from None
+        option, _, rest = str(error).partition(" ")
+        raise ConfigError(f"--{option.replace('_', '-')} {rest}") from None
     if samples_of(condition) == 0:
         raise ConfigError("--num-samples is 0; expected a number above 0")
     kind.check(condition)

@@ -30,8 +30,8 @@ RHO = 7.0
 INSIDE = 1e-3
 
 
-def make_times(course: Course, grid: GridName, steps: int, shift: float = 3.0) -> np.ndarray:
-    """Times (steps + 1,) float64 of a named grid; shift is that of "shifted".
+def make_times(course: Course, grid: GridName, steps: int, grid_shift: float = 3.0) -> np.ndarray:
+    """Times (steps + 1,) float64 of a named grid; grid_shift is that of "shifted".
 
     Raises ValueError for another name, fewer than one step, or what the process does not have.
     """
@@ -39,8 +39,8 @@ def make_times(course: Course, grid: GridName, steps: int, shift: float = 3.0) -
         raise ValueError(f"grid is {grid!r}; expected one of {', '.join(GRIDS)}")
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected at least 1")
-    if not 0 < shift < np.inf:
-        raise ValueError(f"shift is {shift}; expected a number above 0")
+    if not 0 < grid_shift < np.inf:
+        raise ValueError(f"grid_shift is {grid_shift}; expected a number above 0")
     if grid == "respaced":
         return _respaced(course, steps)
     if grid == "lambda":
@@ -52,7 +52,7 @@ def make_times(course: Course, grid: GridName, steps: int, shift: float = 3.0) -
         return _ending(course, course.last_asked + (course.start - course.last_asked) * left, steps)
     gone = np.linspace(0, 1, steps + 1)
     if grid == "shifted":
-        gone = shifted(gone, shift)
+        gone = shifted(gone, grid_shift)
     times = course.start + (course.end - course.start) * gone
     if not course.answers(times[-2]):
         raise ValueError(
@@ -68,18 +68,24 @@ def check_times(course: Course, times: np.ndarray) -> np.ndarray:
     forward = np.sign(course.end - course.start)
     if times.ndim != 1 or len(times) < 2 or not (forward * np.diff(times) > 0).all():
         raise ValueError(
-            f"times are {times}; expected two or more, each nearer to the data than the one before "
+            f"grid is {_shown(times)}; expected two or more times, each nearer to the data than the one before "
             f"({course.start:g} is noise, {course.end:g} is data)"
         )
     inside = (times >= low) & (times <= high)
     if not inside.all():
-        raise ValueError(f"times hold {times[~inside][0]:g}; expected {low:g} to {high:g}")
+        raise ValueError(f"grid holds {times[~inside][0]:g}; expected {low:g} to {high:g}")
     for time in times[:-1]:
         if not course.answers(time):
             raise ValueError(
-                f"times hold {time:g}, at which the network cannot be asked; expected none but the end"
+                f"grid holds {time:g}, at which the network cannot be asked; expected none but the end"
             )
     return times
+
+
+def _shown(times: np.ndarray) -> str:
+    """Times as a user writes them, cut where there are many."""
+    first = ",".join(f"{time:g}" for time in np.atleast_1d(times)[:8])
+    return first + ",..." if times.size > 8 else first
 
 
 def _respaced(course: Course, steps: int) -> np.ndarray:

@@ -41,7 +41,7 @@ class Choice:
     """Noise of DDIM: 0 deterministic, 1 as much as DDPM."""
     grid: GridName | tuple[float, ...] | None = None
     """Times from noise to data: a named grid, the times themselves (then steps is not used), or the sampler's own."""
-    shift: float = 3.0
+    grid_shift: float = 3.0
     """Of the grid "shifted"."""
 
 
@@ -160,7 +160,7 @@ def _times(course: Course, choice: Choice) -> np.ndarray:
     if isinstance(choice.grid, tuple):
         return check_times(course, np.array(choice.grid))
     if choice.grid is not None:
-        return make_times(course, choice.grid, choice.steps, choice.shift)
+        return make_times(course, choice.grid, choice.steps, choice.grid_shift)
     if isinstance(course, FlowCourse) and choice.sampler == "euler_maruyama" and choice.steps > 1:
         return sde_times(course.process, choice.steps)
     timesteps = choice.sampler in ("ddpm", "ddim") and isinstance(course, GaussianCourse)

@@ -210,3 +210,16 @@ def test_wide_layers_unroll_by_themselves_where_one_cpu_device_samples(monkeypat
         return sampler.lower(shapes["params"], 0, numbers, numbers).as_text().count("stablehlo.while")
 
     assert loops("auto", 32) == loops(True, 33) == loops("auto", 33) - 1 == loops(False, 32) - 1
+
+
+def test_any_sampler_of_the_table_is_at_hand(model_and_params):
+    """Those of one process share what this needs: the latents are finite and the count is told."""
+    model, params = model_and_params
+    labels = np.arange(2, dtype=np.int32)
+    for name, evaluations in (("dpmpp_2m", 6), ("heun", 11), ("dpmpp_2m_sde", 6)):
+        options = SamplingOptions(sampler=name, steps=6, grid="karras", cfg_scale=2.0)
+        counts = []
+        images = generate_images(
+            model, params, CONFIG, options, labels, lambda latents: latents, one_device(), told=counts.append
+        )
+        assert counts == [evaluations] and np.isfinite(images).all() and images.std() > 0.01

@@ -134,7 +134,7 @@ def test_grids_are_even_in_what_they_say():
     flow, gaussian = course_of(PROCESSES["flow"]), course_of(PROCESSES["gaussian"])
     np.testing.assert_allclose(make_times(gaussian, "uniform", 4), [999, 749, 499, 249, -1])
     np.testing.assert_allclose(make_times(flow, "quadratic", 4), 1 - np.array([1, 9 / 16, 1 / 4, 1 / 16, 0]))
-    np.testing.assert_allclose(1 - make_times(flow, "shifted", 2, shift=3.0), [1, 0.75, 0])
+    np.testing.assert_allclose(1 - make_times(flow, "shifted", 2, grid_shift=3.0), [1, 0.75, 0])
 
 
 def test_a_grid_of_the_users_own_is_followed():
@@ -189,12 +189,12 @@ def test_an_adaptive_sample_does_not_depend_on_its_batch(process):
         (
             "gaussian",
             Choice("heun", grid=(999.0, -0.5, -1.0)),
-            "times hold -0.5, at which the network cannot",
+            "grid holds -0.5, at which the network cannot",
         ),
         ("gaussian", Choice("heun", grid=(0.0, 1.0)), "each nearer to the data"),
-        ("flow", Choice("heun", grid=(0.0, 1.5)), "times hold 1.5; expected 0 to 1"),
+        ("flow", Choice("heun", grid=(0.0, 1.5)), "grid holds 1.5; expected 0 to 1"),
         ("flow", Choice("heun", grid=(0.5,)), "expected two or more"),
-        ("flow", Choice("heun", grid="shifted", shift=0.0), "shift is 0.0"),
+        ("flow", Choice("heun", grid="shifted", grid_shift=0.0), "grid_shift is 0.0"),
         ("flow", Choice("dopri5", grid="karras"), "grid is 'karras'; expected none"),
     ],
 )

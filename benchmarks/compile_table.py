@@ -20,13 +20,9 @@ from tqdm import tqdm
 
 from dit_jax.config import load, resolve
 from dit_jax.generation.sampling import SamplingOptions
-from dit_jax.planning.compile_for import (
-    DoesNotFitError,
-    Report,
-    compile_sampling,
-    compile_training,
-    topology_devices,
-)
+from dit_jax.planning.compile_for import compile_sampling, compile_training
+from dit_jax.planning.report import DoesNotFitError, Report
+from dit_jax.planning.topology import topology_devices
 
 MARKERS = ("<!-- compile_table: begin -->", "<!-- compile_table: end -->")
 RECIPES = pathlib.Path(__file__).parent.parent / "configs"

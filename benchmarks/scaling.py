@@ -83,7 +83,8 @@ def chip_memory(args: argparse.Namespace, topology: str) -> dict[str, Any]:
     import dataclasses
 
     from dit_jax.config import MeshConfig
-    from dit_jax.planning.compile_for import compile_training, topology_devices
+    from dit_jax.planning.compile_for import compile_training
+    from dit_jax.planning.topology import topology_devices
 
     _, devices = topology_devices(topology)
     args.batch_size, args.dtype = args.images_per_chip * len(devices), "bfloat16"

@@ -32,7 +32,8 @@ def main(program: str, args: Sequence[str]) -> int:
 
 
 def _compile_for(program: str, args: command.SampleArgs, topology: str) -> int:
-    from dit_jax.planning.compile_for import compile_sampling, print_report
+    from dit_jax.planning.compile_for import compile_sampling
+    from dit_jax.planning.report import print_report
 
     options = command.sampling_options(args)
     config = resolve(load(args.config)) if args.config else command.load_run(args.workdir).config

@@ -20,7 +20,8 @@ def main(program: str, args: Sequence[str]) -> int:
         options, rest, launch_help = launch.parse_launch(args, program)
         config = parse_args(rest, more_help=launch_help, program=program)
         if options.compile_for:
-            from dit_jax.planning.compile_for import compile_training, print_report
+            from dit_jax.planning.compile_for import compile_training
+            from dit_jax.planning.report import print_report
 
             return print_report(program, lambda: compile_training(config, options.compile_for))
         launch.initialize(options)

@@ -13,14 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from dit_jax.config import ConfigError
 from dit_jax.generation.sampling import SamplingOptions
 from dit_jax.planning import hlo, timeline
-from dit_jax.planning.compile_for import (
-    compile_sampling,
-    compile_training,
-    describe,
-    no_compilation_cache,
-    print_report,
-    topology_devices,
-)
+from dit_jax.planning.compile_for import compile_sampling, compile_training, no_compilation_cache
+from dit_jax.planning.report import describe, print_report
+from dit_jax.planning.topology import topology_devices
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import make_mesh

@@ -202,3 +202,20 @@ def test_command_prints_the_family(capsys):
 def test_command_names_a_missing_recipe():
     with pytest.raises(SystemExit, match=r"configs/nowhere\.py, which is not a file"):
         flops.main(["--config", "configs/nowhere.py"])
+
+
+@pytest.mark.parametrize("option", ["batch-per-device", "devices"])
+@pytest.mark.parametrize("value", [0, -1, 2**31])
+def test_command_refuses_numbers_out_of_range(option, value, capsys):
+    with pytest.raises(SystemExit) as ended:
+        flops.main([f"--{option}", str(value)])
+    assert ended.value.code == 2
+    assert f"--{option} is {value}; expected 1 to 2147483647" in capsys.readouterr().err
+
+
+def test_command_takes_the_largest_numbers(capsys):
+    flops.main(
+        ["--config", "configs/digits.py", "--batch-per-device", str(2**31 - 1), "--devices", str(2**31 - 1)]
+    )
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[:2] == ["6x128/2", "8x8"] and row[-2] == "0.00" and float(row[-1]) > 1e5

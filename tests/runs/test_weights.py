@@ -153,6 +153,20 @@ def test_a_config_that_is_none_is_named_by_all_who_read_it(
         train(tiny.config(train=options, data={"dir": str(latents)}))
 
 
+def test_an_interrupted_reconstruction_is_one_line(trained, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(snapshots, "reconstruct", interrupt)
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--workdir", str(trained[0]), "--sigma-rel", "0.1", "--out", str(out)]
+    )
+    assert snapshots.run_command() == 130
+    assert capsys.readouterr().err == "snapshots: interrupted\n"
+    assert not out.exists()
+
+
 def test_a_config_of_another_network_names_both(trained):
     folder, config, _ = trained
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=3))

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from dit_jax.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
-from dit_jax.planning.compile_for import topology_devices
+from dit_jax.planning.topology import topology_devices
 from dit_jax.training.program import abstract_state
 from dit_jax.training.sharding import (
     MESH_AXES,

@@ -61,6 +61,10 @@ class Course(Protocol):
         """What `predict` is given at these times, (S,)."""
         ...
 
+    def shown(self, times: np.ndarray) -> np.ndarray:
+        """What the network is shown at these times, (S,)."""
+        ...
+
     @property
     def last_asked(self) -> float:
         """The last time at which the network can be asked."""
@@ -144,6 +148,9 @@ class GaussianCourse:
         whole = np.rint(shown).astype(np.int32)
         return whole if np.array_equal(whole, shown) else shown  # a network may count on whole timesteps
 
+    def shown(self, times: np.ndarray) -> np.ndarray:
+        return self.asked(times)
+
     @property
     def last_asked(self) -> float:
         return 0.0
@@ -204,6 +211,10 @@ class FlowCourse:
 
     def asked(self, times: np.ndarray) -> np.ndarray:
         return times
+
+    def shown(self, times: np.ndarray) -> np.ndarray:
+        t: Any = times.astype(np.float32)  # of NumPy also where the loop is traced
+        return np.asarray(self.process.shown_time(t))
 
     @property
     def last_asked(self) -> float:

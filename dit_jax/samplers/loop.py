@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.diffusion import predictions
+from dit_jax.diffusion.guidance import Guided
 from dit_jax.diffusion.process import DenoiseFn
 from dit_jax.samplers.course import Course, Times
 from dit_jax.samplers.noise import keys_for, step_noise_at
@@ -115,27 +116,54 @@ def draw(
         raise ValueError(
             "key and step_noise are missing; expected one of them, the sampler needs noise at every step"
         )
-    denoiser = Denoiser(course, denoise_fn)
     keys = keys_for(key, batch) if solver.draws and step_noise is None and key is not None else None
 
-    def body(state: tuple[Array, Any], inputs: tuple[Any, Array, Array | None]) -> tuple[Any, Array | None]:
-        row, s, eps = inputs
-        if keys is not None:
-            eps = step_noise_at(keys, s, noise.shape[1:])
-        moved = solver.step(denoiser, *state, row, eps)
-        return moved, moved[0] if keep_states else None
+    def run(network: DenoiseFn, state: tuple[Array, Any], inputs: Any) -> tuple[Any, Array | None]:
+        denoiser = Denoiser(course, network)
 
-    x, states = jnp.asarray(noise, jnp.float32), None
+        def body(state: tuple[Array, Any], inputs: Any) -> tuple[Any, Array | None]:
+            row, s, eps = inputs
+            if keys is not None:
+                eps = step_noise_at(keys, s, noise.shape[1:])
+            moved = solver.step(denoiser, *state, row, eps)
+            return moved, moved[0] if keep_states else None
+
+        return jax.lax.scan(body, state, inputs)
+
+    x, kept = jnp.asarray(noise, jnp.float32), list[Array]()
     if steps:
-        rows = cast(solver.rows(course, times[: steps + 1]))
+        rows, carry = cast(solver.rows(course, times[: steps + 1])), solver.begin(x)
         inputs = (rows, jnp.arange(steps, dtype=jnp.int32), step_noise if solver.draws else None)
-        (x, _), states = jax.lax.scan(body, (x, solver.begin(x)), inputs)
+        for first, end, network in segments(course, solver, denoise_fn, times[: steps + 1]):
+            part = jax.tree.map(lambda table, of=slice(first, end): table[of], inputs)
+            (x, carry), states = run(network, (x, carry), part)
+            kept += [] if states is None else [states]
     if apart:
         row = jax.tree.map(lambda table: table[0], cast(apart.rows(course, times[-2:])))
-        x, _ = apart.step(denoiser, x, apart.begin(x), row, None)
-        if keep_states:
-            states = x[None] if states is None else jnp.concatenate([states, x[None]])
-    return Drawn(x, states, evaluations_of(course, solver, times))
+        ((_, _, network),) = segments(course, apart, denoise_fn, times[-2:])
+        x, _ = apart.step(Denoiser(course, network), x, apart.begin(x), row, None)
+        kept += [x[None]] if keep_states else []
+    return Drawn(x, jnp.concatenate(kept) if kept else None, evaluations_of(course, solver, times))
+
+
+def segments(
+    course: Course, solver: Solver, denoise_fn: DenoiseFn, times: np.ndarray
+) -> list[tuple[int, int, DenoiseFn]]:
+    """(first step, step after the last, network) of the parts of a way through times (S + 1,).
+
+    In a part where guidance holds nowhere, the network is asked without it, which costs half.
+    """
+    steps = len(times) - 1
+    if not isinstance(denoise_fn, Guided):
+        return [(0, steps, denoise_fn)]
+    holds = denoise_fn.holds(course.shown(times))
+    # A step asks at its start; one of several evaluations, at its end as well.
+    guided = holds[:-1] | (holds[1:] & (solver.evaluations > 1))
+    ends = [*(np.flatnonzero(np.diff(guided)) + 1), steps]
+    return [
+        (int(first), int(end), denoise_fn if guided[first] else denoise_fn.unguided)
+        for first, end in zip([0, *ends], ends, strict=False)
+    ]
 
 
 def evaluations_of(course: Course, solver: Solver, times: np.ndarray) -> int:

@@ -1,1 +1,1 @@
-"""The trainer: state, optimizer, step, sharding, checkpoint, logging, loop."""
+"""The trainer: state, optimizer, step, sharding, loop."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.diffusion.guidance import classifier_free_guidance
+from dit_jax.diffusion.guidance import autoguidance, classifier_free_guidance
 
 B, NULL = 3, 10
 CHANNELS = jnp.arange(8.0)[None, None, None]  # C = 4, learned sigma: 8 outputs
@@ -85,3 +85,43 @@ def test_errors(network, batch, options, message):
     options = {"y": y, "scale": 2.0, **options}
     with pytest.raises(ValueError, match=message):
         classifier_free_guidance(network, null_label=NULL, **options)(x, t)
+
+
+def test_rescaling_keeps_the_conditional_standard_deviation(network, batch):
+    x, t, y = batch
+    found = {
+        phi: classifier_free_guidance(network, y, NULL, 5.0, rescale=phi)(x, t) for phi in (0.0, 0.5, 1.0)
+    }
+    spread = {phi: np.asarray(out[..., :4]).std(axis=(1, 2, 3)) for phi, out in found.items()}
+    conditional = np.asarray(network(x, t, y)[..., :4]).std(axis=(1, 2, 3))
+    assert np.all(spread[0.0] > 2 * conditional)
+    np.testing.assert_allclose(spread[1.0], conditional, rtol=1e-5)
+    np.testing.assert_allclose(found[0.5], (found[0.0] + found[1.0]) / 2, rtol=1e-5)
+
+
+def test_a_schedule_is_the_scale_over_time(network, batch):
+    x, t, y = batch
+    out = classifier_free_guidance(network, y, NULL, 3.0, schedule=lambda t: t / 999)(x, t)
+    used = 1 + 2 * np.asarray(t)[:, None] / 999
+    k, label = np.arange(8), np.asarray(y)[:, None]
+    expected = np.where(k < 4, k * (NULL + used * (label - NULL)), k * label)
+    np.testing.assert_allclose(channels_of(out, x, t), expected, atol=1e-3)
+
+
+def test_autoguidance_draws_away_from_the_weaker_network(network, batch):
+    x, t, y = batch
+
+    def weaker(x, t, y):
+        return 0.5 * network(x, t, y)
+
+    out = autoguidance(network, weaker, y, 3.0, channels=2)(x, t)
+    assert network.calls == [B, B]
+    strong = np.asarray(network(x, t, y))
+    np.testing.assert_allclose(out[..., :2], 2 * strong[..., :2], rtol=1e-5)  # 0.5 + 3 (1 - 0.5)
+    np.testing.assert_array_equal(out[..., 2:], strong[..., 2:])
+    assert autoguidance(network, weaker, y, 1.0)(x, t).shape == strong.shape and network.calls[-1] == B
+
+
+def test_a_rescaling_that_is_no_share_is_refused(network, batch):
+    with pytest.raises(ValueError, match=r"rescale is 1\.5; expected 0 to 1"):
+        classifier_free_guidance(network, batch[2], NULL, 2.0, rescale=1.5)

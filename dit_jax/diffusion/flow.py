@@ -125,6 +125,11 @@ class FlowMatching(Process):
         """What the network is shown at time t."""
         return self.time_scale * (t if self.time_direction == "to_data" else 1 - t)
 
+    def shown_noise_level(self, shown: Array) -> Array:
+        """`noise_level` at the time of which the network is shown this."""
+        t = shown / self.time_scale
+        return self.noise_level(t if self.time_direction == "to_data" else 1 - t)
+
     def noise_level(self, t: Array) -> Array:
         """sigma / (alpha + sigma), which is 1 - t on the linear path."""
         p = point(self.path, jnp.asarray(t))

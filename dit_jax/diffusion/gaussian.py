@@ -181,6 +181,12 @@ class GaussianDiffusion(Process):
         """t / T, from a table: a compiler may divide with an error, and t T / 4 begins a quarter of the log."""
         return self.at(np.arange(self.num_timesteps) / self.num_timesteps, t, t)
 
+    def shown_noise_level(self, shown: jax.Array) -> jax.Array:
+        """That of the kept steps, interpolated."""
+        kept = jnp.asarray(self.timestep_map, jnp.float32)
+        levels = jnp.arange(self.num_timesteps) / self.num_timesteps
+        return jnp.interp(jnp.asarray(shown, jnp.float32), kept, levels)
+
     def levels(self, t: jax.Array, like: jax.Array) -> Point:
         """Roots of alphas_cumprod and its rest; their derivatives are by the angle of the circle that they lie on."""
         alpha = self.at(np.sqrt(self.alphas_cumprod), t, like)

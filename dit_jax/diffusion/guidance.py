@@ -27,6 +27,15 @@ Schedule = Callable[[Array], Array]
 """Times as the network is shown them (B,) -> the share (B,) of scale - 1 that holds there."""
 
 
+# Shares of scale - 1 by noise level, 1 noise to 0 data, whose mean over time is 1: weak at first, strong towards the
+# data (Wang et al., arXiv 2404.13040).
+SCHEDULES: dict[str, Schedule | None] = {
+    "constant": None,
+    "linear": lambda level: 2 * (1 - level),
+    "cosine": lambda level: 1 + jnp.cos(jnp.pi * level),
+}
+
+
 @dataclass(frozen=True)
 class Guided:
     """A denoise_fn with guidance. Where its interval is known not to hold, a loop may call `unguided` instead."""

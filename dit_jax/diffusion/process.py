@@ -49,6 +49,10 @@ class Process(Protocol):
         """How much of x_t is noise, (B,) float32 in [0, 1], growing with sigma / alpha: the log sorts by it."""
         ...
 
+    def shown_noise_level(self, shown: Array) -> Array:
+        """`noise_level` where the network is shown this, (B,), which may lie between two steps of a table."""
+        ...
+
     def levels(self, t: Array, like: Array) -> Point:
         """Signal and noise at times t and their derivatives along the path, float32, shaped to multiply `like`."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
@@ -25,8 +25,9 @@ from dit_jax.generation.sampling import (
     sampling_model,
 )
 from dit_jax.models.create import init_params
+from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid
-from dit_jax.runs.weights import load_weights
+from dit_jax.runs.weights import Kind, load_weights
 from dit_jax.runs.workdir import read_metadata
 from dit_jax.samplers.grid import GRIDS, GridName
 
@@ -61,6 +62,15 @@ class SampleArgs:
     cfg_interval: tuple[int, int] | tuple[float, float] | None = None
     """Lowest and highest time, as the network is shown it, with guidance (default: everywhere): timesteps of a
     Gaussian run, under flow matching 0 (noise) to 1 (data) unless the recipe says otherwise."""
+    cfg_rescale: float = 0.0
+    """Share, 0 to 1, of an output with the contrast of the unguided one, which large scales raise."""
+    cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Guidance over time: constant, or weak at first and strong towards the data, with --cfg-scale as its mean."""
+    guide_workdir: str | None = None
+    """Folder of a weaker run of the same data and process (smaller, or --guide-step of an early checkpoint), which
+    guides instead of the network without labels (autoguidance)."""
+    guide_step: int | None = None
+    """Step of its checkpoint (default: the newest)."""
     seed: int = 0
     """Sample i is a function of (seed, i, label) alone."""
     out: str | None = None
@@ -93,10 +103,10 @@ class Run:
     metadata: LatentMetadata
 
 
-def load_run(workdir: str | os.PathLike[str]) -> Run:
-    """The config and the dataset's metadata of a workdir; ConfigError where it is no run's folder."""
+def load_run(workdir: str | os.PathLike[str], option: str = "--workdir") -> Run:
+    """The config and the dataset's metadata of a folder that `option` names; ConfigError where it is no run's."""
     folder = pathlib.Path(workdir)
-    config, metadata = run_config("--workdir", folder), read_metadata("--workdir", folder)
+    config, metadata = run_config(option, folder), read_metadata(option, folder)
     if not 0 < metadata.image_size < 2**16:
         file = folder / "dataset.json"
         raise ConfigError(f"{file} has image_size {shown(metadata.image_size)}; expected 1 to {2**16 - 1}")
@@ -114,7 +124,7 @@ def sampling_options(args: SampleArgs) -> SamplingOptions:
         raise ConfigError(f"--seed is {args.seed}; expected 0 to {2**31 - 1}")
     return SamplingOptions(
         args.sampler, args.steps, args.cfg_scale, args.cfg_channels, args.cfg_interval, args.eta,
-        parse_grid(args.grid), args.grid_shift,
+        parse_grid(args.grid), args.grid_shift, args.cfg_rescale, args.cfg_schedule,
     )  # fmt: skip
 
 
@@ -140,23 +150,23 @@ def main(args: SampleArgs) -> int:
     run = load_run(args.workdir)
     config, model = run.config, sampling_model(run.config)
     named = model.condition.parse(args.labels, run.metadata.label_names)
-    check_sampling(model, config, options, named)
+    guide = None if args.guide_workdir is None else load_guide(args.guide_workdir, run)
+    check_sampling(model, config, options, named, by_another=guide is not None)
     out = str(run.workdir / "samples.png") if args.out is None and args.npz is None else args.out
     _check_room(args, out, run, options)
     condition = {name: _repeat(values, args.num_samples) for name, values in named.items()}
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    whole = NamedSharding(mesh, PartitionSpec())
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(lambda key: init_params(model, config, key), jax.random.key(0)),
-    )
-    params, step = load_weights(run.workdir / "checkpoints", like, config, args.weights, args.step)
+    params, step = _weights(run, mesh, args.weights, args.step)
+    guide_model: DiT | None = None
+    if guide is not None:
+        guide_model = sampling_model(guide.config)
+        params = (params, _weights(guide, mesh, args.weights, args.guide_step)[0])
     decoder = load_decoder(run.metadata, args.vae)
     counts: list[int] = []
     images = generate_images(
         model, params, config, options, condition, decoder, mesh, args.seed, args.batch_size,
-        progress=True, told=counts.append,
+        progress=True, told=counts.append, guide=guide_model,
     )  # fmt: skip
     if jax.process_index() != 0:
         return 0
@@ -168,6 +178,33 @@ def main(args: SampleArgs) -> int:
         save_grid(out, images[: args.grid_count])
         print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")
     return 0
+
+
+def load_guide(workdir: str, run: Run) -> Run:
+    """The run in a folder that is to guide another one; ConfigError where it does not fit."""
+    guide = load_run(workdir, "--guide-workdir")
+    for what, ours, theirs in (
+        ("process", run.config.diffusion, guide.config.diffusion),
+        ("latents", run.config.model.input_size, guide.config.model.input_size),
+        ("channels", run.config.model.in_channels, guide.config.model.in_channels),
+        ("classes", run.config.model.num_classes, guide.config.model.num_classes),
+    ):
+        if ours != theirs:
+            raise ConfigError(
+                f"--guide-workdir {workdir} has other {what} ({shown(theirs)}) than --workdir {run.workdir} "
+                f"({shown(ours)}); expected a run of the same"
+            )
+    return guide
+
+
+def _weights(run: Run, mesh: Mesh, weights: Kind, step: int | None) -> tuple[Any, int]:
+    """(parameters of the run, whole on every device, the step they are of)."""
+    model, whole = sampling_model(run.config), NamedSharding(mesh, PartitionSpec())
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(lambda key: init_params(model, run.config, key), jax.random.key(0)),
+    )
+    return load_weights(run.workdir / "checkpoints", like, run.config, weights, step)
 
 
 def _repeat(values: np.ndarray, count: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,13 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from dit_jax.compiler import compiler_options
-from dit_jax.conditions import Condition
+from dit_jax.conditions import Condition, LabelCondition
 from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import FLOAT32_MOST
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
-from dit_jax.diffusion.guidance import classifier_free_guidance
-from dit_jax.diffusion.process import Process
+from dit_jax.diffusion.guidance import SCHEDULES, autoguidance, classifier_free_guidance
+from dit_jax.diffusion.process import DenoiseFn, Network, Process
 from dit_jax.diffusion.samplers import sample_keys, start_noise
 from dit_jax.generation.room import check_pictures
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
@@ -46,8 +46,9 @@ Array = jax.Array
 class SamplingOptions:
     """How latents are drawn.
 
-    Attributes: `sampler` a name in `dit_jax.samplers.table`, None for the process's default; `channels` and
-    `interval` as in `classifier_free_guidance`; `eta` is DDIM's; `grid` and `grid_shift` as in `Choice`.
+    Attributes: `sampler` a name in `dit_jax.samplers.table`, None for the process's default; `channels`, `interval`
+    and `rescale` as in `classifier_free_guidance`, `schedule` a name in `guidance.SCHEDULES`; `eta` is DDIM's; `grid`
+    and `grid_shift` as in `Choice`.
     """
 
     sampler: str | None = None
@@ -58,6 +59,21 @@ class SamplingOptions:
     eta: float = 0.0
     grid: GridName | tuple[float, ...] | None = None
     grid_shift: float = 3.0
+    rescale: float = 0.0
+    schedule: str = "constant"
+
+    def guided(
+        self, process: Process, kind: LabelCondition, condition: Any, network: Network, guide: Network | None
+    ) -> DenoiseFn:
+        """The network of these samples, drawn away from `guide`, or from itself without a condition."""
+        share = SCHEDULES[self.schedule]
+        how: dict[str, Any] = {
+            "scale": self.cfg_scale, "channels": self.channels, "interval": self.interval, "rescale": self.rescale,
+            "schedule": share and (lambda shown: share(process.shown_noise_level(shown))),
+        }  # fmt: skip
+        if guide is not None:
+            return autoguidance(network, guide, kind.tree(condition), **how)
+        return classifier_free_guidance(network, kind.tree(condition), kind.null, **how)
 
     def choice(self, process: Process) -> Choice:
         """What a sampler of this process is told."""
@@ -78,32 +94,37 @@ def batch_axes(mesh: Mesh) -> PartitionSpec:
 
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
 def make_latent_sampler(
-    model: DiT, config: Config, options: SamplingOptions, mesh: Mesh, counted: bool = False
+    model: DiT,
+    config: Config,
+    options: SamplingOptions,
+    mesh: Mesh,
+    counted: bool = False,
+    guide: DiT | None = None,
 ) -> Callable[[Any, int, Array | np.ndarray, Any], Any]:
     """A jitted (params, seed, sample indices (B,), condition of B) -> latents (B, H, W, C), replicated.
 
     counted: (latents, how often the network ran) instead.
+    guide: a weaker network to be drawn away from; `params` are then a pair, the second one its own.
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
     """
     process = create_process(config.diffusion)
     choice = options.choice(process)
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
-    # Quantization is for training: its scales hang on the whole batch, and a sample must not.
-    unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
-    split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
-
     kind = model.condition
+
+    def network_of(model: DiT, params: Any) -> Network:
+        # Quantization is for training: its scales hang on the whole batch, and a sample must not.
+        unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
+        split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
+        return lambda x, t, y: split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
 
     def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Any:
         keys = sample_keys(jax.random.key(seed), indices)
         noise = start_noise(keys, (*model.latent_size, model.in_channels))
 
-        def network(x: Array, t: Array, y: Any) -> Array:
-            return split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
-
-        denoise = classifier_free_guidance(
-            network, kind.tree(condition), kind.null, options.cfg_scale, options.channels, options.interval
-        )
+        of_model, of_guide = (params, None) if guide is None else params
+        weaker = guide and network_of(guide, of_guide)
+        denoise = options.guided(process, kind, condition, network_of(model, of_model), weaker)
         drawn = draw_samples(process, denoise, noise, keys, choice=choice)
         return (drawn.x, drawn.evaluations) if counted else drawn.x
 
@@ -148,43 +169,26 @@ def generate_images(
     batch_size: int = 128,
     progress: bool = False,
     told: Callable[[int], None] | None = None,
+    guide: DiT | None = None,
 ) -> np.ndarray:
     """Images (N, h, w, 3) uint8 of samples 0..N-1 with this condition, such as labels (N,).
 
-    told: is called after every batch with how often the network ran for it.
+    told: is called after every batch with how often the network ran for it. guide: as of `make_latent_sampler`.
     In a run of several processes all must call; only process 0 decodes, the others get an empty array.
     Raises ConfigError for a condition or options that the model cannot serve.
     """
     condition = model.condition.on_host(condition)
-    check_sampling(model, config, options, condition)
+    check_sampling(model, config, options, condition, guide is not None)
     count = samples_of(condition)
     devices = mesh.size // mesh.shape.get("tensor", 1)
     batch_size = min(batch_size, count)
     batch_size += -batch_size % devices
-    sampler = make_latent_sampler(model, config, options, mesh, True)
-    split = NamedSharding(mesh, batch_axes(mesh))
-
-    def place(numbers: np.ndarray) -> Array:  # jit takes no NumPy array that is split over several processes
-        return jax.make_array_from_callback(numbers.shape, split, numbers.__getitem__)
-
+    sampler = make_latent_sampler(model, config, options, mesh, True, guide)
     images: list[np.ndarray] = []
     problem: Exception | None = None
     lead = jax.process_index() == 0
     with tqdm(total=count, unit="sample", desc="sampling", disable=not (progress and lead)) as bar:
-        for start in range(0, count, batch_size):
-            indices = np.arange(start, start + batch_size, dtype=np.int32)
-            rows, part = np.minimum(indices, count - 1), min(batch_size, count - start)
-            given = jax.tree.map(lambda array, rows=rows: place(array[rows]), condition)
-            try:
-                drawn, evaluations = sampler(params, seed, place(indices), given)
-                latents = np.asarray(drawn)[:part]
-            except jax.errors.JaxRuntimeError:  # too little memory, say
-                all_fail_alike()
-                raise
-            if not np.isfinite(latents).all():
-                raise FloatingPointError(
-                    f"samples {start} to {start + part - 1} hold values that are not finite"
-                )
+        for latents, evaluations in latent_batches(sampler, params, seed, condition, batch_size, mesh):
             if lead and decoder is not None and problem is None:
                 try:
                     images.append(decoder(latents))
@@ -193,11 +197,38 @@ def generate_images(
                         raise
                     problem = error  # raised below: the others need this process for their samples
             if told is not None:
-                told(int(evaluations))
-            bar.update(part)
+                told(evaluations)
+            bar.update(len(latents))
     if problem is not None:
         raise problem
     return np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def latent_batches(
+    sampler: Callable[..., Any], params: Any, seed: int, condition: Condition, batch_size: int, mesh: Mesh
+) -> Iterator[tuple[np.ndarray, int]]:
+    """(latents (b, H, W, C), how often the network ran) of one batch after the other.
+
+    sampler: a counted one of `make_latent_sampler`. Raises FloatingPointError for values that are not finite.
+    """
+    split, count = NamedSharding(mesh, batch_axes(mesh)), samples_of(condition)
+
+    def place(numbers: np.ndarray) -> Array:  # jit takes no NumPy array that is split over several processes
+        return jax.make_array_from_callback(numbers.shape, split, numbers.__getitem__)
+
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, start + batch_size, dtype=np.int32)
+        rows, part = np.minimum(indices, count - 1), min(batch_size, count - start)
+        given = jax.tree.map(lambda array, rows=rows: place(array[rows]), condition)
+        try:
+            drawn, evaluations = sampler(params, seed, place(indices), given)
+            latents = np.asarray(drawn)[:part]
+        except jax.errors.JaxRuntimeError:  # too little memory, say
+            all_fail_alike()
+            raise
+        if not np.isfinite(latents).all():
+            raise FloatingPointError(f"samples {start} to {start + part - 1} hold values that are not finite")
+        yield latents, int(evaluations)
 
 
 def samples_of(condition: Condition) -> int:
@@ -205,8 +236,13 @@ def samples_of(condition: Condition) -> int:
     return len(jax.tree.leaves(condition)[0])
 
 
-def check_sampling(model: DiT, config: Config, options: SamplingOptions, condition: Any) -> None:
-    """Raises ConfigError where options or the condition, such as labels (N,), do not fit the model or the process."""
+def check_sampling(
+    model: DiT, config: Config, options: SamplingOptions, condition: Any, by_another: bool = False
+) -> None:
+    """Raises ConfigError where options or the condition, such as labels (N,), do not fit the model or the process.
+
+    by_another: another network guides.
+    """
     kind = model.condition
     condition = kind.on_host(condition)
     most_steps, in_words = config.diffusion.steps_of_a_sampler()
@@ -229,7 +265,9 @@ def check_sampling(model: DiT, config: Config, options: SamplingOptions, conditi
         raise ConfigError(
             f"--cfg-interval is {options.interval}; expected the lowest timestep first, and none beyond {2**31 - 1}"
         )
-    if options.cfg_scale != 1.0 and not kind.has_null:
+    if not 0 <= options.rescale <= 1:
+        raise ConfigError(f"--cfg-rescale is {options.rescale}; expected 0 to 1")
+    if options.cfg_scale != 1.0 and not kind.has_null and not by_another:
         raise ConfigError(
             f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"
         )

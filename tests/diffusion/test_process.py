@@ -218,6 +218,12 @@ def test_the_noise_level_grows_with_the_noise(process):
     assert ratio[quarters == 0].max() <= ratio[quarters == 3].min()
 
 
+def test_the_noise_level_of_what_the_network_is_shown_is_that_of_the_time(process):
+    t = process.training_times(jax.random.key(4), 50)
+    found = process.shown_noise_level(process.shown_time(t))
+    np.testing.assert_allclose(found, process.noise_level(t), atol=1e-5)
+
+
 @pytest.mark.parametrize("steps", [7, 100, 999, 1000, 4096])
 def test_quarters_of_steps_are_exact(steps):
     process = GaussianDiffusion.create(schedule="squaredcos_cap_v2", num_timesteps=steps)

@@ -1,12 +1,13 @@
 """sample.py's requests that cannot be served are refused before any weights are read: the runs here have none."""
 
+import dataclasses
 import json
 import os
 
 import numpy as np
 import pytest
 
-from dit_jax.config import Config, ConfigError, ModelConfig, resolve, to_json
+from dit_jax.config import Config, ConfigError, GaussianConfig, ModelConfig, resolve, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.generation.command import SampleArgs, main
 from dit_jax.generation.room import check_batch, check_pictures, picture_bytes
@@ -56,6 +57,11 @@ def test_a_good_request_is_stopped_by_the_missing_weights_alone(workdir):
         ({"sampler": "heun", "grid": "999,nan"}, "--grid is 999,nan; expected two"),
         ({"sampler": "heun", "grid": "shifted", "grid_shift": -1.0}, "--grid-shift is -1.0; expected"),
         ({"batch_size": 0}, "--batch-size is 0; expected 1 to"),
+        ({"cfg_rescale": 1.5}, "--cfg-rescale is 1.5; expected 0 to 1"),
+        (
+            {"guide_workdir": "nowhere"},
+            "--guide-workdir is nowhere, which has no config.json; expected the folder",
+        ),
         ({"seed": 2**31}, "--seed is 2147483648"),
         ({"cfg_interval": (0, 10**30)}, r"--cfg-interval is \(0, 10*\); expected"),
         ({"cfg_scale": 1e39}, r"--cfg-scale is 1e\+39; expected a finite number"),
@@ -149,3 +155,16 @@ def test_a_run_without_its_folder_is_named(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     for folder in (tmp_path, tmp_path / "none", "x" * 5000, ""):
         refuse("--workdir is .*, which has no config.json", workdir=str(folder))
+
+
+def test_a_guide_of_another_process_is_refused(workdir, tmp_path):
+    other = tmp_path / "guide"
+    other.mkdir()
+    config = dataclasses.replace(CONFIG, diffusion=GaussianConfig(prediction="v"))
+    (other / "config.json").write_text(to_json(config))
+    (other / "dataset.json").write_text(METADATA.to_json())
+    refuse(
+        "--guide-workdir .* has other process .* than --workdir",
+        workdir=str(workdir),
+        guide_workdir=str(other),
+    )

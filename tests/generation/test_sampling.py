@@ -85,6 +85,25 @@ def test_sample_17_is_the_same_on_eight_devices(model_and_params, all_latents):
     np.testing.assert_allclose(sampler(params, 3, indices, indices % 10), all_latents, atol=1e-5)
 
 
+def test_guidance_by_another_network_by_schedule_and_rescaled(model_and_params, all_latents):
+    """Each changes the samples; a guide that is the network itself changes nothing, whatever the scale."""
+    model, params = model_and_params
+    indices = np.arange(4, dtype=np.int32)
+    options = dataclasses.replace(OPTIONS, cfg_scale=4.0)
+
+    def latents(options, guide=None, params=params):
+        sampler = make_latent_sampler(model, CONFIG, options, one_device(), guide=guide)
+        return np.asarray(sampler(params, 3, indices, indices))
+
+    plain, unguided = latents(options), latents(dataclasses.replace(options, cfg_scale=1.0))
+    for changed in (dict(schedule="cosine"), dict(schedule="linear"), dict(rescale=1.0)):
+        found = latents(dataclasses.replace(options, **changed))
+        assert np.isfinite(found).all() and np.abs(found - plain).max() > 1e-2, changed
+    np.testing.assert_allclose(latents(options, model, (params, params)), unguided, atol=1e-3)
+    weaker = jax.tree.map(lambda leaf: 0.5 * leaf, params)
+    assert np.abs(latents(options, model, (params, weaker)) - unguided).max() > 1e-2
+
+
 def test_a_network_trained_in_8_bits_is_sampled_without(model_and_params):
     model, params = model_and_params
     sampler = make_latent_sampler(model.computed(quantization="fp8"), CONFIG, OPTIONS, one_device())

@@ -33,8 +33,8 @@ def load(path: str | os.PathLike[str]) -> Config:
     path = next((place for place in places if os.path.isfile(place)), path)
     if not os.path.isfile(path):
         raise ConfigError(
-            f"--config names {os.fspath(named)[:200]}, which is not a file; expected a recipe such as {DEFAULT}, or "
-            f"a name: {', '.join(sorted(recipe.stem for recipe in RECIPES.glob('[!_]*.py')))}"
+            f"--config names {os.fspath(named)[:200] or 'nothing'}, which is not a file; expected a recipe such as "
+            f"{DEFAULT}, or a name: {', '.join(sorted(recipe.stem for recipe in RECIPES.glob('[!_]*.py')))}"
         )
     if path.suffix == ".json":
         try:
@@ -102,7 +102,7 @@ def parse_args(
 
     import tyro
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--config", default=default)
     known, rest = first.parse_known_args(sys.argv[1:] if args is None else list(args))
     recipe = typed(load(known.config))  # tyro would answer a wrong default with a page

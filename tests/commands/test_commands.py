@@ -44,3 +44,14 @@ def test_help_of_a_command_names_it_as_the_user_did(capsys):
             module.main(f"dit-jax {name}", ["--help"])
         assert ended.value.code == 0
         assert capsys.readouterr().out.startswith(f"usage: dit-jax {name} [-h]")
+
+
+def test_an_option_without_a_value_names_the_command(capsys):
+    from dit_jax.commands import train
+
+    with pytest.raises(SystemExit) as ended:
+        train.main("dit-jax train", ["--config"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "dit-jax train: error: argument --config: expected one argument\n"
+    )

@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class AdamsBashforth:
-    """Of order 1 to 4; the first steps are of lower orders, while fewer slopes are known."""
+    """Of order 1 to 4; the first steps are of lower orders, while fewer slopes are of use."""
 
     order: int = 1
     evaluations: int = 1
@@ -32,9 +32,10 @@ class AdamsBashforth:
     def rows(self, course: Course, times: np.ndarray) -> Row:
         """Weights of slopes, (S, order)."""
         scale, u = course.coordinates(times)
-        weights = []
+        weights, known, smooth = [], 0, course.smooth(times)
         for i in range(len(times) - 1):
-            nodes = u[i - min(self.order, i + 1) + 1 : i + 1][::-1]
+            known = known + 1 if smooth[i] else 0
+            nodes = u[i - max(min(self.order, known), 1) + 1 : i + 1][::-1]
             weights.append(scale[i + 1] * integral_weights(nodes, u[i + 1]))
         steps = len(times) - 1
         return Row(

@@ -47,12 +47,13 @@ def sample_dopri5(
         raise ValueError(f"rtol is {rtol} and atol {atol}; expected numbers above 0")
     denoiser = Denoiser(course, denoise_fn)
     first, last = (float(c) for c in course.clock(np.array([course.start, course.last_asked])))
-    field = _of_one_sample(denoiser)
+    start = jnp.asarray(noise, jnp.float32)
+    field, closed_over = _of_one_sample(denoiser, start)
 
     def solve(x: Array) -> tuple[Array, Array]:
         solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda c, x, args: field(x, jnp.asarray(c, jnp.float32))),
-            diffrax.Dopri5(), first, last, FIRST_STEP * (last - first), x,
+            diffrax.ODETerm(lambda c, x, args: field(x, jnp.asarray(c, jnp.float32), args)),
+            diffrax.Dopri5(), first, last, FIRST_STEP * (last - first), x, closed_over,
             stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
             max_steps=max_steps, throw=False,
         )  # fmt: skip
@@ -60,7 +61,7 @@ def sample_dopri5(
         assert solution.ys is not None
         return jnp.where(done, solution.ys[0], jnp.nan), solution.stats["num_steps"]
 
-    x, steps = jax.vmap(solve)(jnp.asarray(noise, jnp.float32))
+    x, steps = jax.vmap(solve)(start)
     evaluations = STAGES * steps.max() + 1
     if course.last_asked != course.end:
         euler = AdamsBashforth()
@@ -71,8 +72,13 @@ def sample_dopri5(
     return Drawn(x, None, evaluations)
 
 
-def _of_one_sample(denoiser: Denoiser) -> Any:
-    """dx/dc of one sample (H, W, C) at clock c, to be mapped over a batch: then the network sees the batch whole."""
+def _of_one_sample(denoiser: Denoiser, x: Array) -> tuple[Any, Any]:
+    """(field, what it closes over): field(x, c, closed over) is dx/dc of one sample (H, W, C) at clock c.
+
+    It is to be mapped over the batch: the network then sees the batch whole, as it was built to. What the network
+    closes over, such as parameters, is passed through the loops by hand: a rule for mapping does not do that.
+    """
+    import equinox
 
     def of_batch(x: Array, c: Array) -> Array:
         at: Times = jax.vmap(denoiser.course.at_clock)(c)
@@ -80,14 +86,18 @@ def _of_one_sample(denoiser: Denoiser) -> Any:
         prediction = denoiser.course.predict(denoiser.denoise_fn, x, at.t)
         return denoiser.course.velocity(prediction, x, shaped)
 
+    clocks = jnp.zeros(x.shape[0], jnp.float32)
+    arrays, rest = equinox.partition(equinox.filter_closure_convert(of_batch, x, clocks), equinox.is_array)
+
     @jax.custom_batching.custom_vmap
-    def of_one(x: Array, c: Array) -> Array:
-        return of_batch(x[None], c[None])[0]
+    def of_one(x: Array, c: Array, arrays: Any) -> Array:
+        return jnp.full_like(x, jnp.nan)  # gives the shape only: a network of B labels takes no single sample
 
     @of_one.def_vmap
-    def _whole(size: int, mapped: Any, x: Array, c: Array) -> tuple[Array, bool]:
-        x_mapped, c_mapped = mapped
+    def _whole(size: int, mapped: Any, x: Array, c: Array, arrays: Any) -> tuple[Array, bool]:
+        x_mapped, c_mapped, _ = mapped
         x = x if x_mapped else jnp.broadcast_to(x, (size, *x.shape))
-        return of_batch(x, c if c_mapped else jnp.broadcast_to(c, (size,))), True
+        c = c if c_mapped else jnp.broadcast_to(c, (size,))
+        return equinox.combine(arrays, rest)(x, c), True
 
-    return of_one
+    return of_one, arrays

@@ -28,6 +28,11 @@ from dit_jax.diffusion.process import DenoiseFn
 Array = jax.Array
 
 
+# sigma / alpha above which a step of an ODE in it is all but infinite: the linear schedule ends at 157, the cosine
+# one at 20,000, where a slope's least change would be multiplied by as much.
+STEEP = 200.0
+
+
 class Times(NamedTuple):
     """Times as the network is asked at them, and the levels there: arrays (S,), or numbers inside a loop."""
 
@@ -80,6 +85,10 @@ class Course(Protocol):
 
     def coordinates(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(c, u), each (S,), such that d(x / c) / du = slope along the probability-flow ODE."""
+        ...
+
+    def smooth(self, times: np.ndarray) -> np.ndarray:
+        """Whether a slope at these times, (S,), may stand for those around it in u; where not, order 1 is left."""
         ...
 
     def slope(self, prediction: Array, x: Array, p: Point) -> Array:
@@ -164,6 +173,9 @@ class GaussianCourse:
     def coordinates(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.levels(times).alpha, np.exp(-self._log_ratio(times))
 
+    def smooth(self, times: np.ndarray) -> np.ndarray:
+        return self._log_ratio(times) > -math.log(STEEP)
+
     def slope(self, prediction: Array, x: Array, p: Point) -> Array:
         return predictions.to_noise(self.predicts, prediction, x, p)
 
@@ -228,6 +240,9 @@ class FlowCourse:
 
     def coordinates(self, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.ones_like(times), times
+
+    def smooth(self, times: np.ndarray) -> np.ndarray:
+        return np.ones(times.shape, bool)
 
     def slope(self, prediction: Array, x: Array, p: Point) -> Array:
         return self.process.velocity(prediction, x, p)

@@ -20,12 +20,13 @@ Array = jax.Array
 
 
 class Row(NamedTuple):
-    """A step between two times: x becomes keep x + width slope."""
+    """A step between two times: x becomes keep x + width slope; second is the share of the second slope."""
 
     here: Times
     there: Times
     keep: Any
     width: Any
+    second: Any
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Heun:
         """The two ends of each step."""
         scale, u = course.coordinates(times)
         here, there = times_at(course, times[:-1]), times_at(course, times[1:])
-        return Row(here, there, scale[1:] / scale[:-1], scale[1:] * np.diff(u))
+        second = np.where(course.smooth(times[:-1]), 0.5, 0.0)
+        return Row(here, there, scale[1:] / scale[:-1], scale[1:] * np.diff(u), second)
 
     def begin(self, x: Array) -> None:
         """Nothing is carried."""
@@ -54,4 +56,5 @@ class Heun:
         """The second slope is that at Euler's guess."""
         slope = denoiser.slope(x, row.here)
         guess = row.keep * x + row.width * slope
-        return row.keep * x + 0.5 * row.width * (slope + denoiser.slope(guess, row.there)), None
+        mean = slope + row.second * (denoiser.slope(guess, row.there) - slope)
+        return row.keep * x + row.width * mean, None

@@ -242,3 +242,15 @@ def test_any_sampler_of_the_table_is_at_hand(model_and_params):
             model, params, CONFIG, options, labels, lambda latents: latents, one_device(), told=counts.append
         )
         assert counts == [evaluations] and np.isfinite(images).all() and images.std() > 0.01
+
+
+def test_the_adaptive_sampler_takes_guided_labels(model_and_params):
+    pytest.importorskip("diffrax", reason="needs diffrax")
+    model, params = model_and_params
+    options = SamplingOptions(sampler="dopri5", cfg_scale=1.5)
+    sampler = make_latent_sampler(model, CONFIG, options, one_device(), True)
+    labels = np.array([3, 7], np.int32)
+    both, count = sampler(params, 3, np.arange(2, dtype=np.int32), labels)
+    assert 7 < count < 2000
+    alone, _ = sampler(params, 3, np.ones(1, np.int32), labels[1:])
+    np.testing.assert_allclose(both[1:], alone, atol=1e-4)

@@ -162,6 +162,16 @@ def test_euler_on_a_gaussian_process_is_ddim():
     np.testing.assert_allclose(euler, ddim, atol=2e-5)
 
 
+def test_few_steps_from_a_schedule_without_signal_do_not_fly_off():
+    """The cosine schedule ends at sigma / alpha = 20,000: a second slope there would be multiplied by as much."""
+    best = drawn("v", Choice("unipc_3", steps=60, grid="lambda"), batch=20).x
+    error = {
+        name: np.sqrt(np.mean((drawn("v", Choice(name, steps=6), batch=20).x - best) ** 2))
+        for name in ("ddim", "heun", "ab2", "ab4")
+    }
+    assert error["heun"] < error["ddim"] / 2 and error["ab4"] < error["ab2"] < error["ddim"] < 0.3
+
+
 @pytest.mark.parametrize("process", ["gaussian", "flow"])
 def test_an_adaptive_sample_does_not_depend_on_its_batch(process):
     many, few = (drawn(process, Choice("dopri5"), batch=batch) for batch in (20, 3))

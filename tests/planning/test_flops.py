@@ -181,6 +181,7 @@ def test_peaks(kind, peak):
     assert peak_flops(kind) == peak
 
 
+@pytest.mark.slow
 def test_command_prints_the_family(capsys):
     flops.main(["--devices", "8"])
     lines = capsys.readouterr().out.splitlines()

@@ -319,6 +319,7 @@ def test_create_process_takes_every_option():
     config = DiffusionConfig("squaredcos_cap_v2", 400, "v", False, "fixed_small", "rescaled_mse")
     process = create_process(config, "ddim20")
     assert dataclasses.asdict(config) == {
+        "kind": "gaussian",
         "schedule": "squaredcos_cap_v2",
         "num_timesteps": 400,
         **{k: getattr(process, k) for k in ("prediction", "learn_sigma", "sigma", "loss")},

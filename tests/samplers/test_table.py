@@ -175,7 +175,7 @@ def test_few_steps_from_a_schedule_without_signal_do_not_fly_off():
 @pytest.mark.parametrize("process", ["gaussian", "flow"])
 def test_an_adaptive_sample_does_not_depend_on_its_batch(process):
     many, few = (drawn(process, Choice("dopri5"), batch=batch) for batch in (20, 3))
-    np.testing.assert_allclose(many.x[:3], few.x, atol=1e-5)
+    np.testing.assert_allclose(many.x[:3], few.x, atol=1e-4)
     assert 20 < few.evaluations <= many.evaluations < 200
 
 

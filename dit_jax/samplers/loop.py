@@ -7,6 +7,7 @@ B batch, H height, W width, C channels of the latent, S steps, i.e. S + 1 times.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from dit_jax.diffusion import predictions
 from dit_jax.diffusion.guidance import Guided
+from dit_jax.diffusion.predictions import Point
 from dit_jax.diffusion.process import DenoiseFn
 from dit_jax.samplers.course import Course, Times
 from dit_jax.samplers.noise import keys_for, step_noise_at
@@ -41,6 +43,9 @@ class Denoiser:
     def slope(self, x: Array, at: Times) -> Array:
         """The slope of the ODE in the course's coordinates."""
         return self.course.slope(self.prediction(x, at), x, at.point)
+
+
+Paste = Callable[[Array, Point], Array]
 
 
 class Solver(Protocol):
@@ -99,12 +104,15 @@ def draw(
     times: np.ndarray,
     step_noise: Array | None = None,
     keep_states: bool = False,
+    paste: Paste | None = None,
 ) -> Drawn:
     """From `noise` (B, H, W, C) through all times (S + 1,) by one solver.
 
     key: one key, folded with 0..B-1, or one per sample (see `sample_keys`), typed or raw.
     step_noise: (S, B, H, W, C), replaces the drawn noise, in order of use; no key is needed then. S without the last
     step where that is another solver's. Neither is used by a solver that draws no noise.
+
+    paste: what becomes of a state (B, H, W, C) after every step, by the levels there (numbers).
 
     Raises ValueError when shapes do not fit, the noise has no source, or the solver refuses the times.
     """
@@ -118,32 +126,40 @@ def draw(
         )
     keys = keys_for(key, batch) if solver.draws and step_noise is None and key is not None else None
 
-    def run(network: DenoiseFn, state: tuple[Array, Any], inputs: Any) -> tuple[Any, Array | None]:
-        denoiser = Denoiser(course, network)
-
-        def body(state: tuple[Array, Any], inputs: Any) -> tuple[Any, Array | None]:
-            row, s, eps = inputs
-            if keys is not None:
-                eps = step_noise_at(keys, s, noise.shape[1:])
-            moved = solver.step(denoiser, *state, row, eps)
-            return moved, moved[0] if keep_states else None
-
-        return jax.lax.scan(body, state, inputs)
-
     x, kept = jnp.asarray(noise, jnp.float32), list[Array]()
     if steps:
         rows, carry = cast(solver.rows(course, times[: steps + 1])), solver.begin(x)
-        inputs = (rows, jnp.arange(steps, dtype=jnp.int32), step_noise if solver.draws else None)
+        there = cast(course.levels(times[1 : steps + 1])) if paste else None
+        inputs = (rows, jnp.arange(steps, dtype=jnp.int32), step_noise if solver.draws else None, there)
         for first, end, network in segments(course, solver, denoise_fn, times[: steps + 1]):
             part = jax.tree.map(lambda table, of=slice(first, end): table[of], inputs)
-            (x, carry), states = run(network, (x, carry), part)
+            body = _body(solver, Denoiser(course, network), keys, keep_states, paste)
+            (x, carry), states = jax.lax.scan(body, (x, carry), part)
             kept += [] if states is None else [states]
     if apart:
         row = jax.tree.map(lambda table: table[0], cast(apart.rows(course, times[-2:])))
         ((_, _, network),) = segments(course, apart, denoise_fn, times[-2:])
         x, _ = apart.step(Denoiser(course, network), x, apart.begin(x), row, None)
+        if paste:
+            x = paste(x, jax.tree.map(lambda table: table[0], cast(course.levels(times[-1:]))))
         kept += [x[None]] if keep_states else []
     return Drawn(x, jnp.concatenate(kept) if kept else None, evaluations_of(course, solver, times))
+
+
+def _body(
+    solver: Solver, denoiser: Denoiser, keys: Array | None, keep_states: bool, paste: Paste | None
+) -> Callable[[Any, Any], tuple[Any, Array | None]]:
+    """One step as lax.scan takes it: (x, carry), (row, number of the step, noise, levels at its end)."""
+
+    def body(state: tuple[Array, Any], inputs: Any) -> tuple[Any, Array | None]:
+        row, s, eps, there = inputs
+        if keys is not None:
+            eps = step_noise_at(keys, s, state[0].shape[1:])
+        x, carry = solver.step(denoiser, *state, row, eps)
+        x = x if paste is None else paste(x, there)
+        return (x, carry), x if keep_states else None
+
+    return body
 
 
 def segments(

@@ -8,20 +8,34 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.config.saved import shown
 from dit_jax.data.metadata import LatentMetadata
+from dit_jax.diffusion.create import create_process
 from dit_jax.evaluation.samples import save_samples
 from dit_jax.files import check_file
+from dit_jax.generation.editing import (
+    SHOWN,
+    Editing,
+    encode,
+    kept_part,
+    make_way_sampler,
+    read_picture,
+    save_way,
+)
 from dit_jax.generation.room import check_batch, check_pictures, picture_bytes
 from dit_jax.generation.sampling import (
     SamplingOptions,
     check_sampling,
+    device_mesh,
     generate_images,
     load_decoder,
+    load_vae,
+    make_decoder,
     sampling_model,
 )
 from dit_jax.models.create import init_params
@@ -29,7 +43,9 @@ from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid
 from dit_jax.runs.weights import Kind, load_weights
 from dit_jax.runs.workdir import read_metadata
+from dit_jax.samplers.editing import Given
 from dit_jax.samplers.grid import GRIDS, GridName
+from dit_jax.samplers.table import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,16 @@ class SampleArgs:
     guides instead of the network without labels (autoguidance)."""
     guide_step: int | None = None
     """Step of its checkpoint (default: the newest)."""
+    interpolate: tuple[int, int] | None = None
+    """Numbers of two samples of the first label: the pictures lie between their start noises, on an arc."""
+    init_image: str | None = None
+    """A picture to start from, noised, instead of from noise alone."""
+    strength: float = 0.6
+    """With --init-image: share of the steps that are taken, above 0 (the picture) to 1 (nothing is left of it)."""
+    inpaint: tuple[str, str] | None = None
+    """A mask and a picture: what is white in the mask is drawn anew, the rest of the picture stays."""
+    trajectory: str | None = None
+    """.gif file for the way of the first samples, the predicted picture beside the state; also as NAME_strip.png."""
     seed: int = 0
     """Sample i is a function of (seed, i, label) alone."""
     out: str | None = None
@@ -156,28 +182,103 @@ def main(args: SampleArgs) -> int:
     _check_room(args, out, run, options)
     condition = {name: _repeat(values, args.num_samples) for name, values in named.items()}
 
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    edits = _edits(args, SAMPLERS[options.choice(create_process(config.diffusion)).sampler].solver is None)
+    mesh = device_mesh(1 if edits else None)
     params, step = _weights(run, mesh, args.weights, args.step)
     guide_model: DiT | None = None
     if guide is not None:
         guide_model = sampling_model(guide.config)
         params = (params, _weights(guide, mesh, args.weights, args.guide_step)[0])
-    decoder = load_decoder(run.metadata, args.vae)
-    counts: list[int] = []
-    images = generate_images(
-        model, params, config, options, condition, decoder, mesh, args.seed, args.batch_size,
-        progress=True, told=counts.append, guide=guide_model,
-    )  # fmt: skip
-    if jax.process_index() != 0:
-        return 0
-    print(f"{max(counts)} evaluations of the network for each sample")
+    if edits:
+        images = _edited(args, run, options, model, params, condition, guide_model)
+    else:
+        counts: list[int] = []
+        decoder = load_decoder(run.metadata, args.vae)
+        images = generate_images(
+            model, params, config, options, condition, decoder, mesh, args.seed, args.batch_size,
+            progress=True, told=counts.append, guide=guide_model,
+        )  # fmt: skip
+        if jax.process_index() != 0:
+            return 0
+        print(f"{max(counts)} evaluations of the network for each sample")
     if args.npz:
         save_samples(args.npz, images, condition["label"])
         print(f"{len(images)} pictures of step {step}: {args.npz}")
     if out:
-        save_grid(out, images[: args.grid_count])
+        # Between two samples the pictures are a row.
+        save_grid(out, images[: args.grid_count], columns=args.grid_count if args.interpolate else None)
         print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")
     return 0
+
+
+def _edits(args: SampleArgs, adaptive: bool) -> bool:
+    """Whether samples are to be edited or shown on their way; ConfigError for what cannot be asked together."""
+    starts = {"--interpolate": args.interpolate, "--init-image": args.init_image, "--inpaint": args.inpaint}
+    asked = [option for option, value in starts.items() if value is not None]
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[0]} and {asked[1]} are both given; expected one of them")
+    if not 0 < args.strength <= 1:
+        raise ConfigError(f"--strength is {args.strength}; expected above 0 and up to 1")
+    if args.interpolate and not all(0 <= i < 2**31 for i in args.interpolate):
+        raise ConfigError(
+            f"--interpolate is {args.interpolate}; expected two numbers of samples, 0 to {2**31 - 1}"
+        )
+    if args.trajectory is not None:
+        asked.append("--trajectory")
+        if not args.trajectory.endswith(".gif"):
+            raise ConfigError(f"--trajectory is {args.trajectory}; expected a file that ends with .gif")
+        check_file("--trajectory", args.trajectory, 0)
+    if asked and adaptive:
+        raise ConfigError(
+            f"--sampler is {args.sampler}, whose steps are its own; expected another with {asked[0]}"
+        )
+    if asked and jax.process_count() > 1:
+        raise ConfigError(f"{asked[0]} in a run of {jax.process_count()} processes; expected one process")
+    if asked and args.num_samples > args.batch_size:
+        raise ConfigError(
+            f"--num-samples is {args.num_samples} with {asked[0]}; expected at most --batch-size {args.batch_size}"
+        )
+    return bool(asked)
+
+
+def _edited(
+    args: SampleArgs,
+    run: Run,
+    options: SamplingOptions,
+    model: DiT,
+    params: Any,
+    condition: Any,
+    guide: DiT | None,
+) -> np.ndarray:
+    """Pictures (N, h, w, 3) uint8, as asked for, in one batch; writes the way of --trajectory."""
+    metadata, count = run.metadata, args.num_samples
+    scale = {"scaling": metadata.scaling_factor, "shift": metadata.shift_factor}
+    vae, vae_params = load_vae(metadata, args.vae)
+    given, stays = None, None
+    if args.init_image is not None:
+        picture = read_picture("--init-image", args.init_image, metadata.image_size)
+        given = Given(encode(vae, vae_params, picture, **scale))
+    elif args.inpaint is not None:
+        mask, picture = (read_picture("--inpaint", path, metadata.image_size) for path in args.inpaint)
+        keep = kept_part(mask, run.config.model.input_size)
+        given = Given(encode(vae, vae_params, picture, **scale), jnp.asarray(keep))
+        stays = (mask.mean(axis=-1) <= 127.5, picture)
+    if args.interpolate is not None:
+        condition = {name: np.repeat(values[:1], count, axis=0) for name, values in condition.items()}
+    editing = Editing(args.interpolate, args.strength if args.init_image is not None else 1.0)
+    sampler = make_way_sampler(model, run.config, options, editing, guide)
+    found = sampler(params, args.seed, np.arange(count, dtype=np.int32), condition, given)
+    if not np.isfinite(latents := np.asarray(found.states[-1])).all():
+        raise FloatingPointError("the samples hold values that are not finite")
+    decoder = make_decoder(vae, vae_params, metadata.scaling_factor, metadata.shift_factor)
+    images = decoder(latents)
+    if stays is not None:
+        images = np.where(stays[0][None, :, :, None], stays[1][None], images)
+    if args.trajectory is not None:
+        print(
+            f"the way of {min(count, SHOWN)} samples: {args.trajectory}, {save_way(args.trajectory, found, decoder)}"
+        )
+    return images
 
 
 def load_guide(workdir: str, run: Run) -> Run:

@@ -92,6 +92,30 @@ def batch_axes(mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(tuple(name for name in mesh.axis_names if name != "tensor"))
 
 
+def device_mesh(count: int | None = None) -> Mesh:
+    """All devices, or the first ones of this process, for the batch."""
+    devices = jax.devices() if count is None else jax.local_devices()[:count]
+    return Mesh(np.array(devices), ("data",))
+
+
+def guided_network(
+    process: Process, config: Config, options: SamplingOptions, model: DiT, params: Any, condition: Any,
+    guide: DiT | None, mesh: Mesh,
+) -> DenoiseFn:  # fmt: skip
+    """The network of samples with this condition, as a sampler asks it; `guide` as of `make_latent_sampler`."""
+    split = NamedSharding(mesh, batch_axes(mesh))
+
+    def network_of(model: DiT, params: Any) -> Network:
+        # Quantization is for training: its scales hang on the whole batch, and a sample must not.
+        unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
+        split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
+        return lambda x, t, y: split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
+
+    of_model, of_guide = (params, None) if guide is None else params
+    weaker = guide and network_of(guide, of_guide)
+    return options.guided(process, model.condition, condition, network_of(model, of_model), weaker)
+
+
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
 def make_latent_sampler(
     model: DiT,
@@ -110,21 +134,12 @@ def make_latent_sampler(
     process = create_process(config.diffusion)
     choice = options.choice(process)
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
-    kind = model.condition
-
-    def network_of(model: DiT, params: Any) -> Network:
-        # Quantization is for training: its scales hang on the whole batch, and a sample must not.
-        unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
-        split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
-        return lambda x, t, y: split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
 
     def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Any:
         keys = sample_keys(jax.random.key(seed), indices)
         noise = start_noise(keys, (*model.latent_size, model.in_channels))
 
-        of_model, of_guide = (params, None) if guide is None else params
-        weaker = guide and network_of(guide, of_guide)
-        denoise = options.guided(process, kind, condition, network_of(model, of_model), weaker)
+        denoise = guided_network(process, config, options, model, params, condition, guide, mesh)
         drawn = draw_samples(process, denoise, noise, keys, choice=choice)
         return (drawn.x, drawn.evaluations) if counted else drawn.x
 
@@ -282,6 +297,13 @@ def load_decoder(
     Raises ConfigError for an autoencoder that cannot be read, or that has other weights than the one the dataset was
     encoded by.
     """
+    return make_decoder(*load_vae(metadata, vae), metadata.scaling_factor, metadata.shift_factor)
+
+
+def load_vae(
+    metadata: LatentMetadata, vae: str | os.PathLike[str] | None = None
+) -> tuple[AutoencoderKL, Any]:
+    """The autoencoder and its parameters; arguments and errors as of `load_decoder`."""
     from dit_jax.interop.diffusers import load_autoencoder_kl, weights_hash
 
     place = vae or metadata.vae
@@ -295,7 +317,7 @@ def load_decoder(
             f"the autoencoder {place} has weights {found[:12]}; the latents were encoded by {metadata.vae} "
             f"with weights {metadata.vae_hash[:12]}"
         )
-    return make_decoder(model, params, metadata.scaling_factor, metadata.shift_factor)
+    return model, params
 
 
 def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:

@@ -46,12 +46,12 @@ class Ancestral:
         """It takes all steps."""
 
     def rows(self, course: Course, times: np.ndarray) -> np.ndarray:
-        """Steps T - 1 .. 0 of the process."""
+        """Steps of the process down to 0, all of them or the last ones."""
         if not isinstance(course, GaussianCourse):
             raise ValueError(
                 "ddpm takes its variances from a table of timesteps; expected a Gaussian process"
             )
-        steps = np.arange(course.process.num_timesteps)[::-1]
+        steps = np.arange(course.process.num_timesteps)[::-1][-(len(times) - 1) :]
         if not np.array_equal(times, np.append(steps, -1)):
             raise ValueError("ddpm goes through every step of a process; expected one thinned to these times")
         return steps

@@ -119,7 +119,9 @@ def draw_picture(path: str, rows: dict[tuple[str, str], list[tuple[int, list[Sco
     for axis, name in zip(
         axes, ("Frechet distance to real test digits", "error of the latents (RMS)"), strict=True
     ):
-        axis.set(xlabel="evaluations of the network", ylabel=name, xscale="log", yscale="log")
+        axis.set(xlabel="evaluations of the network", ylabel=name, yscale="log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
     figure.tight_layout()

@@ -108,6 +108,7 @@ def thinned(diffusion: GaussianDiffusion, times: np.ndarray) -> GaussianDiffusio
     steps = np.rint(times[:-1]).astype(np.int32)[::-1]
     if not np.array_equal(steps, times[:-1][::-1]) or times[-1] != -1 or len(steps) < 2:
         raise ValueError(
-            "ddpm needs two or more whole timesteps and the data at the end; expected such times, as of respaced"
+            "grid holds other times than whole timesteps and -1, the data, at the end; "
+            "expected those alone for ddpm, two or more, as of respaced"
         )
     return diffusion.thin(steps)

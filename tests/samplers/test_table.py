@@ -195,7 +195,11 @@ def test_an_adaptive_sample_does_not_depend_on_its_batch(process):
         ("gaussian", Choice("heun", eta=0.5), "eta is 0.5; expected 0 for sampler 'heun'"),
         ("flow", Choice("ddim", eta=-1.0), "eta is -1.0; expected 0 or more"),
         ("gaussian", Choice("heun", grid="cubic"), "grid is 'cubic'; expected one of uniform"),
-        ("gaussian", Choice("ddpm", grid="karras", steps=9), "ddpm needs two or more whole timesteps"),
+        (
+            "gaussian",
+            Choice("ddpm", grid="karras", steps=9),
+            "grid holds other times than whole timesteps and -1",
+        ),
         (
             "gaussian",
             Choice("heun", grid=(999.0, -0.5, -1.0)),

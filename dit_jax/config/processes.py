@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
-
-import pydantic
+from typing import Annotated, Any, Literal
 
 Rule = tuple[bool, str, object, str]
 
@@ -104,5 +102,15 @@ class FlowMatchingConfig:
 DiffusionConfig = GaussianConfig
 """The name of the one kind that there was."""
 
+
+class ByKind:
+    """Has pydantic, which is not imported before a config is read, choose the member of a union by its kind."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        import pydantic
+
+        return handler.generate_schema(Annotated[source, pydantic.Field(discriminator="kind")])
+
+
 PROCESS_KINDS = ("gaussian", "flow")
-ProcessConfig = Annotated[GaussianConfig | FlowMatchingConfig, pydantic.Field(discriminator="kind")]
+ProcessConfig = Annotated[GaussianConfig | FlowMatchingConfig, ByKind()]

@@ -55,7 +55,7 @@ def first_step(args: argparse.Namespace) -> None:
     from sample import jax_loop
 
     labels = np.zeros(args.batch_size, np.int32)
-    assert np.isfinite(jax_loop(args, config, args.steps)(state.params, labels)).all()
+    assert np.isfinite(jax_loop(args, program.model, config, args.steps)(state.params, labels)).all()
 
 
 def seconds(child: str, cache: str) -> float:

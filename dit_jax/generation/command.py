@@ -26,6 +26,7 @@ from dit_jax.generation.editing import (
     make_way_sampler,
     read_picture,
     save_way,
+    strip_of,
 )
 from dit_jax.generation.room import check_batch, check_pictures, picture_bytes
 from dit_jax.generation.sampling import (
@@ -188,7 +189,7 @@ def main(args: SampleArgs) -> int:
     guide_model: DiT | None = None
     if guide is not None:
         guide_model = sampling_model(guide.config)
-        params = (params, _weights(guide, mesh, args.weights, args.guide_step)[0])
+        params = (params, _weights(guide, mesh, args.weights, args.guide_step, "--guide-step")[0])
     if edits:
         images = _edited(args, run, options, model, params, condition, guide_model)
     else:
@@ -227,6 +228,11 @@ def _edits(args: SampleArgs, adaptive: bool) -> bool:
         asked.append("--trajectory")
         if not args.trajectory.endswith(".gif"):
             raise ConfigError(f"--trajectory is {args.trajectory}; expected a file that ends with .gif")
+        strip = strip_of(args.trajectory)
+        if args.out is not None and os.path.realpath(args.out) == os.path.realpath(strip):
+            raise ConfigError(
+                f"--out is {args.out}, where --trajectory puts its strip; expected another file"
+            )
         check_file("--trajectory", args.trajectory, 0)
     if asked and adaptive:
         raise ConfigError(
@@ -298,14 +304,16 @@ def load_guide(workdir: str, run: Run) -> Run:
     return guide
 
 
-def _weights(run: Run, mesh: Mesh, weights: Kind, step: int | None) -> tuple[Any, int]:
+def _weights(
+    run: Run, mesh: Mesh, weights: Kind, step: int | None, option: str = "--step"
+) -> tuple[Any, int]:
     """(parameters of the run, whole on every device, the step they are of)."""
     model, whole = sampling_model(run.config), NamedSharding(mesh, PartitionSpec())
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(lambda key: init_params(model, run.config, key), jax.random.key(0)),
     )
-    return load_weights(run.workdir / "checkpoints", like, run.config, weights, step)
+    return load_weights(run.workdir / "checkpoints", like, run.config, weights, step, option)
 
 
 def _repeat(values: np.ndarray, count: int) -> np.ndarray:

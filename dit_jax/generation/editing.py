@@ -98,6 +98,11 @@ def kept_part(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return 1.0 - blocks.any(axis=(1, 3))[None, :, :, None].astype(np.float32)
 
 
+def strip_of(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The file of the strip beside an animation's."""
+    return pathlib.Path(os.fspath(path).removesuffix(".gif") + "_strip.png")
+
+
 def save_way(
     path: str | os.PathLike[str], found: Way, decoder: Callable[[np.ndarray], np.ndarray]
 ) -> pathlib.Path:
@@ -123,6 +128,6 @@ def save_way(
         )  # fmt: skip
     chosen = moments(len(pairs) - 1, STRIP)
     rows = [pairs[m][kind][sample] for sample in range(count) for kind in (0, 1) for m in chosen]
-    strip = pathlib.Path(os.fspath(path).removesuffix(".gif") + "_strip.png")
+    strip = strip_of(path)
     save_grid(strip, np.stack(rows), columns=len(chosen))
     return strip

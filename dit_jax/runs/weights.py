@@ -32,16 +32,22 @@ def checkpoint_steps(directory: pathlib.Path) -> list[int]:
 
 
 def load_weights(
-    directory: pathlib.Path, like: Any, config: Config, kind: Kind = "ema", step: int | None = None
+    directory: pathlib.Path,
+    like: Any,
+    config: Config,
+    kind: Kind = "ema",
+    step: int | None = None,
+    option: str = "--step",
 ) -> tuple[Any, int]:
     """(parameters laid out like `like`, the step they are of): the newest checkpoint's, or that of `step`.
 
-    `like` is a tree of `jax.ShapeDtypeStruct` with shardings; `config` the run's own. "ema" is the main average.
-    Only what is asked for is read, and checked, by process 0. Raises CheckpointError where there is no such
-    checkpoint, its files are damaged, or its network is not the one that `like` describes.
+    `like` is a tree of `jax.ShapeDtypeStruct` with shardings; `config` the run's own; `option` names the step to
+    users. "ema" is the main average. Only what is asked for is read, and checked, by process 0. Raises
+    CheckpointError where there is no such checkpoint, its files are damaged, or its network is not the one that
+    `like` describes.
     """
     while True:
-        chosen = _choose_step(directory, step)
+        chosen = _choose_step(directory, step, option)
         try:
             return _read(directory, chosen, like, config, kind), chosen
         except Exception as error:
@@ -52,7 +58,7 @@ def load_weights(
             # The run goes on, and has deleted this one: there is a newer one.
 
 
-def _choose_step(directory: pathlib.Path, step: int | None) -> int:
+def _choose_step(directory: pathlib.Path, step: int | None, option: str) -> int:
     """`step`, or the newest that process 0 sees; raises CheckpointError where there is none."""
     steps = checkpoint_steps(directory)
     if not steps:
@@ -60,7 +66,7 @@ def _choose_step(directory: pathlib.Path, step: int | None) -> int:
             f"{directory} holds no finished checkpoint; expected the folder of a trained run"
         )
     if step is not None and step not in steps:
-        raise CheckpointError(f"--step is {step}; {directory} has {', '.join(map(str, steps))}")
+        raise CheckpointError(f"{option} is {step}; {directory} has {', '.join(map(str, steps))}")
     chosen = steps[-1] if step is None else step
     return int(multihost_utils.broadcast_one_to_all(chosen)) if jax.process_count() > 1 else chosen
 

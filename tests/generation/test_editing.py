@@ -99,11 +99,16 @@ def test_the_way_is_an_animation_and_a_strip(draw, tmp_path):
             {"trajectory": "w.gif", "num_samples": 9, "batch_size": 8},
             "--num-samples is 9 with --trajectory",
         ),
+        (
+            {"trajectory": "a.gif", "out": "a_strip.png"},
+            "--out is a_strip.png, where --trajectory puts its strip",
+        ),
+        ({"guide_workdir": ".", "guide_step": 7}, "--guide-step is 7; .* has 4"),
         ({"interpolate": (0, 1), "sampler": "dopri5"}, "--sampler is dopri5, whose steps are its own"),
     ],
 )
-def test_requests_that_cannot_be_served_are_refused(draw, options, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_requests_that_cannot_be_served_are_refused(draw, options, message, workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
     with pytest.raises(ConfigError, match=message) as refused:
         draw(**options)
     assert "\n" not in str(refused.value)

@@ -84,7 +84,7 @@ class SamplingOptions:
 def sampling_model(config: Config) -> DiT:
     """The network of a resolved config, computed as this machine can: it may not be the one that trained."""
     model = build_model(config)
-    return model.clone(compute=model.compute.served_by(jax.default_backend()))
+    return model.clone(compute=model.compute.on(jax.devices()[0], model.num_tokens, model.head_dim))
 
 
 def batch_axes(mesh: Mesh) -> PartitionSpec:
@@ -103,11 +103,12 @@ def guided_network(
     guide: DiT | None, mesh: Mesh,
 ) -> DenoiseFn:  # fmt: skip
     """The network of samples with this condition, as a sampler asks it; `guide` as of `make_latent_sampler`."""
-    split = NamedSharding(mesh, batch_axes(mesh))
+    split, device = NamedSharding(mesh, batch_axes(mesh)), mesh.devices.flat[0]
 
     def network_of(model: DiT, params: Any) -> Network:
         # Quantization is for training: its scales hang on the whole batch, and a sample must not.
         unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
+        model = model.clone(compute=model.compute.on(device, model.num_tokens, model.head_dim))
         split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
         return lambda x, t, y: split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
 

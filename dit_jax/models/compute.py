@@ -73,14 +73,17 @@ class Compute:
         kernel = resolve_attention(self.attention, self.dtype, num_tokens, head_dim, device)
         return dataclasses.replace(self, attention=kernel)
 
-    def served_by(self, platform: str) -> Compute:
-        """With kernels that `platform` (jax's name of a kind of hardware) has: not every machine is the one that
-        trained."""
-        return dataclasses.replace(
+    def on(self, device: Any, num_tokens: int, head_dim: int) -> Compute:
+        """With kernels that `device` has: not every machine is the one that trained. Plain stays plain."""
+        if self.plain:
+            return self
+        gpu = device.platform in ("gpu", "cuda")
+        served = dataclasses.replace(
             self,
             attention="auto" if self.attention == "cudnn" else self.attention,
-            norm_kernel=self.norm_kernel if platform == "gpu" else "xla",
+            norm_kernel=self.norm_kernel if gpu else "xla",
         )
+        return served.resolved(num_tokens, head_dim, device)
 
     # ------------------------------------------------------------------------------------------- devices
 

@@ -76,6 +76,16 @@ class DiT(nn.Module):
         return h // self.patch_size, w // self.patch_size
 
     @property
+    def num_tokens(self) -> int:
+        """Patches of a latent."""
+        return math.prod(self.grid_size)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
     def out_channels(self) -> int:
         """C, or 2C when the variance is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -95,8 +105,8 @@ class DiT(nn.Module):
         """x (B, H, W, C), t (B,) timesteps, y (B,) labels, or {"label": labels} -> (B, H, W, C or 2C) float32."""
         y = y["label"] if isinstance(y, Mapping) else y
         self._check(x, y)
-        d, n = self.hidden_size, math.prod(self.grid_size)
-        compute = self.compute.resolved(n, d // self.num_heads)
+        d, n = self.hidden_size, self.num_tokens
+        compute = self.compute.resolved(n, self.head_dim)
         tokens = Linear((d,), compute=compute, name="patch_embed")(patchify(x, self.patch_size))
         positions = self.parts.positions(*self.grid_size, d)
         tokens = tokens + jnp.asarray(positions, compute.dtype)[None]  # (B, N, D)

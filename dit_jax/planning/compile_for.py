@@ -14,7 +14,6 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.models import cost
-from dit_jax.models.compute import resolve_attention
 from dit_jax.models.create import init_params
 from dit_jax.planning import hlo, timeline
 from dit_jax.planning.report import DoesNotFitError, Report
@@ -47,7 +45,6 @@ def compile_training(config: Config, topology: str) -> Report:
     Raises DoesNotFitError, with advice, when a chip has too little memory, and ConfigError as training would.
     """
     chip, devices = topology_devices(topology)
-    config = _for_tpu(config, devices[0])
     mesh = make_mesh(config.mesh, devices)
     program = build_program(config, mesh, scaling_factor=1.0, shift_factor=0.0)
     batch = abstract_batch(config, mesh)
@@ -80,7 +77,6 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
     from dit_jax.models.create import build_model
 
     chip, devices = topology_devices(topology)
-    config = _for_tpu(config, devices[0])
     mesh = Mesh(np.array(devices), ("data",))
     batch_size += -batch_size % mesh.size
     model = build_model(config)
@@ -103,19 +99,6 @@ def compile_sampling(config: Config, options: Any, batch_size: int, topology: st
         arguments={"parameters": _device_bytes(params)},
         flops=2.0 * cost.forward_macs(config) * passes * batch_size / mesh.size,
     )
-
-
-def _for_tpu(config: Config, device: Any) -> Config:
-    """The config with what "auto" means on this TPU; ConfigError where it asks for a GPU's kernel."""
-    if config.compute.norm_kernel == "pallas":
-        raise ConfigError(
-            "--compute.norm-kernel is pallas, a kernel for GPUs; expected xla with --compile-for"
-        )
-    m, c = config.model, config.compute
-    if c.attention == "cudnn":
-        raise ConfigError("--compute.attention is cudnn, a kernel for GPUs; expected auto with --compile-for")
-    attention: Any = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim, device)
-    return replace(config, compute=replace(c, attention=attention))
 
 
 def training_advice(config: Config, images: int) -> str:

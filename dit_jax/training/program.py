@@ -20,6 +20,7 @@ from dit_jax.diffusion.process import Process
 from dit_jax.models.compute import TOKENS_LAST, cudnn_serves, resolve_attention, unrolls
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
+from dit_jax.models.kernels.fused_norm import check_norm_kernel
 from dit_jax.runs.state import TrainState
 from dit_jax.training.optimizer import make_optimizer
 from dit_jax.training.sharding import asked, batch_sharding, check_batch, replicated, state_shardings
@@ -77,14 +78,15 @@ def abstract_batch(config: Config, mesh: Mesh, dtype: Any = np.float16) -> dict[
 def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_factor: float) -> Program:
     """The program of a resolved config; the two factors are the autoencoder's.
 
-    Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh, and when the
-    attention kernel is not for this machine or leaves nothing to quantize.
+    Raises ConfigError when the batch, the heads or a parameter does not divide over the mesh, and when a kernel is
+    not for the mesh's devices or leaves nothing to quantize.
     """
-    m, c = config.model, config.compute
-    attention = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim)
-    if attention == "cudnn" and not (jax.default_backend() == "gpu" and cudnn_serves(c.dtype, m.head_dim)):
+    m, c, device = config.model, config.compute, mesh.devices.flat[0]
+    attention = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim, device)
+    gpu = device.platform in ("gpu", "cuda")
+    if attention == "cudnn" and not (gpu and cudnn_serves(c.dtype, m.head_dim)):
         raise ConfigError(
-            f"--compute.attention is cudnn on a {jax.default_backend()} in {c.dtype} with {m.head_dim} channels a "
+            f"--compute.attention is cudnn on a {device.platform} in {c.dtype} with {m.head_dim} channels a "
             "head; expected a GPU, bfloat16 and a multiple of 8 channels up to 128, or --compute.attention auto"
         )
     if c.quantization == "fp8" and attention in TOKENS_LAST:
@@ -92,6 +94,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
             f"--compute.quantization is fp8 with attention {attention} (on a TPU what auto means), which has "
             "products of its own; expected none, or --compute.attention einsum, xla or cudnn"
         )
+    check_norm_kernel(c.norm_kernel, m.conditioning, device.platform)
     microbatches = check_batch(config.train.batch_size, config.train.microbatch, mesh)
     heads = config.model.num_heads
     if heads and heads % mesh.shape["tensor"]:
@@ -100,7 +103,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
             f"--model.num-heads {heads}"
         )
     model = build_model(config)
-    model = model.computed(unroll=unrolls(c.unroll, model.hidden_size, mesh))
+    model = model.computed(attention=attention, unroll=unrolls(c.unroll, model.hidden_size, mesh))
     optimizer = make_optimizer(config)
     process = create_process(config.diffusion)
     state = abstract_state(config, mesh)

@@ -193,7 +193,24 @@ def test_an_unknown_topology_is_an_error_that_names_it(compiler, topology):
         topology_devices(topology)
 
 
-def test_attention_of_a_gpu_is_refused(compiler, tiny):
-    config = tiny.config(compute={"attention": "cudnn"})
-    with pytest.raises(ConfigError, match="attention is cudnn, a kernel for GPUs; expected auto"):
-        compile_sampling(config, SamplingOptions(), 4, "v5e:2x2")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"attention": "cudnn"}, "attention is cudnn on a tpu in float32 .*; expected a GPU, .* or .* auto"),
+        (
+            {"norm_kernel": "pallas"},
+            "norm-kernel is pallas; expected xla on a TPU, because the kernel is for GPUs",
+        ),
+    ],
+)
+def test_a_gpus_kernel_is_refused(compiler, tiny, option, message):
+    with pytest.raises(ConfigError, match=message):
+        compile_training(tiny.config(compute=option), "v5e:2x2")
+
+
+@pytest.mark.slow
+def test_what_a_gpu_trained_is_sampled_on_a_tpu_by_its_own_kernels(compiler, tiny):
+    options = SamplingOptions(steps=2)
+    trained = tiny.config(compute={"attention": "cudnn", "norm_kernel": "pallas"})
+    reports = [compile_sampling(config, options, 8, "v5e:2x4") for config in (trained, tiny.config())]
+    assert reports[0].cycles == reports[1].cycles > 0

@@ -39,8 +39,9 @@ Row = list[Array]  # the pieces of D channels, float32
 FORWARD_TOKENS, BACKWARD_TOKENS = 8, 32
 
 
-def check_norm_kernel(kernel: str, conditioning: str) -> None:
-    """ConfigError unless the kernel ("xla" or "pallas") serves this conditioning on the default backend."""
+def check_norm_kernel(kernel: str, conditioning: str, platform: str | None = None) -> None:
+    """ConfigError unless the kernel ("xla" or "pallas") serves this conditioning on `platform` (None: the default
+    backend)."""
     if kernel not in ("xla", "pallas"):
         raise ConfigError(f"--compute.norm-kernel is {kernel!r}; expected xla or pallas")
     if kernel == "xla":
@@ -49,7 +50,7 @@ def check_norm_kernel(kernel: str, conditioning: str) -> None:
         raise ConfigError(
             f"--compute.norm-kernel is pallas; expected xla, because --model.conditioning is {conditioning}"
         )
-    if jax.default_backend() == "tpu":
+    if (platform or jax.default_backend()) == "tpu":
         raise ConfigError(
             "--compute.norm-kernel is pallas; expected xla on a TPU, because the kernel is for GPUs"
         )

@@ -52,8 +52,8 @@ BUILDERS: dict[str, Callable[[Config, Compute], DiT]] = {"dit": _dit}
 
 
 def init_params(model: DiT, config: Config, key: jax.Array) -> Any:
-    """Fresh parameters of the network."""
+    """Fresh parameters of the network, which do not depend on how it is computed: no kernel is asked for them."""
     m = config.model
     x = jnp.zeros((1, *m.input_size, m.in_channels), jnp.float32)
     condition = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), model.condition.shapes(1))
-    return model.init(key, x, jnp.zeros((1,), jnp.int32), condition)["params"]
+    return model.plain().init(key, x, jnp.zeros((1,), jnp.int32), condition)["params"]

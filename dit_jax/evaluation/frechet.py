@@ -23,8 +23,23 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
             raise ValueError(f"{name} hold values that are not finite")
     a, b = features_a.astype(np.float64), features_b.astype(np.float64)
     cov_a, cov_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    return frechet_of(a.mean(axis=0), cov_a, b.mean(axis=0), cov_b)
+
+
+def frechet_of(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:
+    """The same of two Gaussians, of means (F,) and covariances (F, F)."""
+    dim = len(mean_a)
+    for name, x, shape in (
+        ("mean_a", mean_a, (dim,)), ("cov_a", cov_a, (dim, dim)),
+        ("mean_b", mean_b, (dim,)), ("cov_b", cov_b, (dim, dim)),
+    ):  # fmt: skip
+        if x.shape != shape:
+            raise ValueError(f"{name} has shape {x.shape}; expected {shape}")
+        if not np.isfinite(x).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    mean_a, cov_a, mean_b, cov_b = (x.astype(np.float64) for x in (mean_a, cov_a, mean_b, cov_b))
     cross = np.linalg.svd(_sqrt(cov_a) @ _sqrt(cov_b), compute_uv=False).sum()
-    distance = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+    distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return max(float(distance), 0.0)  # rounding may leave a trace below zero
 
 

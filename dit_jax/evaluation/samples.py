@@ -5,7 +5,11 @@ Legend: N samples, H and W sides in pixels.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +17,54 @@ from dit_jax.config import ConfigError
 from dit_jax.files import whole_file
 
 
-def save_samples(path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray) -> None:
-    """arr_0: images (N, H, W, 3) uint8, as the ADM evaluator reads them; arr_1: labels (N,).
+@dataclass(frozen=True)
+class Provenance:
+    """Where samples come from, as far as it is known."""
+
+    run: str | None = None
+    """The run's folder."""
+    step: int | None = None
+    """Of the checkpoint."""
+    average: str | None = None
+    """Which weights: `ema`, `params`."""
+    sampler: str | None = None
+    steps: int | None = None
+    """Sampling steps."""
+    guidance: dict[str, Any] | None = None
+    """Scale, channels, interval and so on, by name."""
+    seed: int | None = None
+    precision: str | None = None
+    """In which the network computed."""
+
+
+def save_samples(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    labels: np.ndarray,
+    provenance: Provenance | None = None,
+) -> None:
+    """arr_0: images (N, H, W, 3) uint8, as the ADM evaluator reads them; arr_1: labels (N,); `provenance`: JSON text.
 
     The file appears when it is whole.
     """
+    text = json.dumps(dataclasses.asdict(provenance or Provenance()))
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images, labels)
+        np.savez(file, images, labels, provenance=np.array(text))
+
+
+def load_provenance(path: str | os.PathLike[str]) -> Provenance:
+    """What such a file says of its samples; nothing for a file of another program. Raises ConfigError."""
+    known = {field.name for field in dataclasses.fields(Provenance)}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "provenance" not in file.files:
+                return Provenance()
+            found = json.loads(str(file["provenance"]))
+        return Provenance(**{name: value for name, value in found.items() if name in known})
+    except Exception as error:  # readers of damaged files raise nearly anything
+        raise ConfigError(
+            f"--npz names {path}, whose provenance cannot be read ({error}); expected a file of sample.py"
+        ) from None
 
 
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dit_jax.evaluation.frechet import frechet_distance
+from dit_jax.evaluation.frechet import frechet_distance, frechet_of
 
 
 def test_against_the_matrix_root():
@@ -42,3 +42,7 @@ def test_bad_features_are_refused():
         frechet_distance(good[:1], good)
     with pytest.raises(ValueError, match="not finite"):
         frechet_distance(good, good * np.nan)
+    with pytest.raises(ValueError, match=r"cov_b has shape \(2, 2\); expected \(3, 3\)"):
+        frechet_of(good[0], np.eye(3), good[0], np.eye(2))
+    with pytest.raises(ValueError, match="mean_b holds values that are not finite"):
+        frechet_of(good[0], np.eye(3), good[0] + np.inf, np.eye(3))

@@ -7,7 +7,7 @@ import pytest
 
 from dit_jax.config import ConfigError
 from dit_jax.evaluation.digits import report
-from dit_jax.evaluation.samples import load_samples, save_samples
+from dit_jax.evaluation.samples import Provenance, load_provenance, load_samples, save_samples
 
 IMAGES, LABELS = (
     np.arange(2 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(2, 32, 32, 3),
@@ -20,6 +20,20 @@ def test_round_trip(tmp_path):
     images, labels = load_samples(tmp_path / "s.npz")
     np.testing.assert_array_equal(images, IMAGES)
     np.testing.assert_array_equal(labels, LABELS)
+
+
+def test_provenance_lies_beside_the_arrays(tmp_path):
+    known = Provenance(run="runs/digits", step=300, guidance={"scale": 1.5, "interval": None}, seed=0)
+    save_samples(tmp_path / "s.npz", IMAGES, LABELS, known)
+    assert load_provenance(tmp_path / "s.npz") == known
+    np.testing.assert_array_equal(load_samples(tmp_path / "s.npz")[0], IMAGES)
+    save_samples(tmp_path / "s.npz", IMAGES, LABELS)
+    np.savez(tmp_path / "other.npz", IMAGES, LABELS)
+    np.savez(tmp_path / "bad.npz", IMAGES, LABELS, provenance=np.array("["))
+    for name in ("s.npz", "other.npz"):
+        assert load_provenance(tmp_path / name) == Provenance()
+    with pytest.raises(ConfigError, match=r"bad\.npz, whose provenance cannot be read"):
+        load_provenance(tmp_path / "bad.npz")
 
 
 def test_what_is_no_file_of_samples_is_named(tmp_path):

@@ -8,6 +8,7 @@ names it, and which rows of a table of weights stand for the same in two runs. A
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -141,7 +142,7 @@ def label_numbers(names: Sequence[str], label_names: Sequence[str], num_classes:
 
 
 def _label_number(label: str, label_names: Sequence[str], count: int) -> int:
-    named = {number for number, name in enumerate(label_names) if name == label}
+    named = {i for i, name in enumerate(label_names) if label == name or label in re.split(r"\s*,\s*", name)}
     plain = label if named else label.removeprefix("number:")
     numbered = (
         {int(plain) if len(plain) < 20 else count} if plain.isdecimal() else set()

@@ -42,6 +42,22 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A new folder to write into, which becomes `path` when the block ends and goes away when it fails."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(target)
+    beside.mkdir()
+    try:
+        yield beside
+        os.rename(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+
+
 def _beside(target: pathlib.Path) -> pathlib.Path:
     """A name that is unique among processes and hosts that share a disk."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}")

@@ -47,6 +47,7 @@ COMMANDS = {
         "encode images into a latent dataset, or inspect one", "interrupted; the same command goes on"
     ),
     "evaluate": Command("measure generated digits"),
+    "convert": Command("turn weights of one format into another"),
 }
 
 

@@ -9,7 +9,7 @@ Every problem is a `ConfigError` whose one sentence names the option, what was f
 """
 
 from dit_jax.config.check import model_sizes, resolve
-from dit_jax.config.processes import DiffusionConfig, FlowMatchingConfig, GaussianConfig
+from dit_jax.config.processes import DiffusionConfig, FlowMatchingConfig, GaussianConfig, ProcessConfig
 from dit_jax.config.recipe import load, parse_args, run_config
 from dit_jax.config.saved import from_json, to_json
 from dit_jax.config.schema import (
@@ -44,6 +44,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Precision",
+    "ProcessConfig",
     "TrainConfig",
     "from_json",
     "load",

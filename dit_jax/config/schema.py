@@ -9,6 +9,7 @@ from dit_jax.config.processes import GaussianConfig, ProcessConfig
 
 Conditioning = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 Precision = Literal["float32", "bfloat16"]
+Convention = Literal["published", "diffusers"]
 
 # DiT paper (arXiv 2212.09748), Table 1: layers, width, heads.
 DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -45,6 +46,10 @@ class DiTConfig:
     """Number of classes; 0 for an unconditional model."""
     class_dropout_prob: float = 0.1
     """Share of training labels replaced by the null label, for classifier-free guidance."""
+    convention: Convention = "published"
+    """Whose numbers the network computes with the same weights: the published code's, or those of diffusers, which
+    divides the logarithms of a timestep's frequencies by 127 instead of 128 and adds 1e-5 instead of 1e-6 to the
+    variance in a block's second norm."""
     kind: Literal["dit"] = "dit"
     """The kind of network, which the recipe chooses."""
 

@@ -44,7 +44,7 @@ class LatentMetadata:
     vae: str
     """The autoencoder: a diffusers folder, a hub id, or `digits`."""
     vae_hash: str
-    """SHA-256 of the autoencoder's weights file."""
+    """SHA-256 of the autoencoder's weights file; empty where it is not known, of other people's weights."""
     vae_backend: str
     """Which implementation encoded: flax or diffusers."""
     precision: str

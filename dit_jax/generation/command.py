@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import pathlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import Config, ConfigError, run_config
+from dit_jax.config import Config, ConfigError, load, resolve, run_config
 from dit_jax.config.saved import shown
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
@@ -39,9 +40,12 @@ from dit_jax.generation.sampling import (
     make_decoder,
     sampling_model,
 )
+from dit_jax.interop.formats import is_run, read_weights
+from dit_jax.interop.weights import Reading, Weights
 from dit_jax.models.create import init_params
 from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid
+from dit_jax.runs.convert import metadata_of
 from dit_jax.runs.weights import Kind, load_weights
 from dit_jax.runs.workdir import read_metadata
 from dit_jax.samplers.editing import Given
@@ -55,6 +59,11 @@ class SampleArgs:
 
     workdir: str = "runs/digits"
     """Folder of the run."""
+    source: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Instead of a run: a diffusers DiTPipeline (folder or hub id, such as facebook/DiT-XL-2-256), a published DiT or
+    SiT (.pt), or a folder that convert.py wrote for the Hub."""
+    process: Literal["dit", "sit"] | None = None
+    """With --from FILE.pt: what its weights were trained as (default: what the file says, else dit)."""
     labels: list[str] = field(default_factory=list)
     """Classes by number or name, used in turn (default: all classes in turn); number:3 where 3 is a name as well."""
     num_samples: int = 64
@@ -118,7 +127,8 @@ class SampleArgs:
     """Only compile the sampling loop for TPUs that are not here, such as v5e:16x16, and print memory and estimated
     speed."""
     config: str | None = None
-    """With --compile-for: a recipe in configs/ instead of a trained run."""
+    """With --compile-for: a recipe in configs/ instead of a trained run. With --from FILE.pt: the recipe of weights
+    whose sizes are in no table."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,8 @@ class Run:
     workdir: pathlib.Path
     config: Config
     metadata: LatentMetadata
+    weights: Weights | None = None
+    """Other people's, where the folder is not that of a run."""
 
 
 def load_run(workdir: str | os.PathLike[str], option: str = "--workdir") -> Run:
@@ -138,6 +150,26 @@ def load_run(workdir: str | os.PathLike[str], option: str = "--workdir") -> Run:
         file = folder / "dataset.json"
         raise ConfigError(f"{file} has image_size {shown(metadata.image_size)}; expected 1 to {2**16 - 1}")
     return Run(folder, config, metadata)
+
+
+def load_source(args: SampleArgs) -> Run:
+    """What --from names, or else --workdir; pictures of other people's weights go to the working directory."""
+    if args.source is None or is_run(args.source):
+        wrong = [f"--{name}" for name in ("config", "process") if getattr(args, name) is not None]
+        if wrong:
+            raise ConfigError(
+                f"{wrong[0]} is given; expected only with --from and published weights, or --compile-for"
+            )
+        return load_run(args.workdir) if args.source is None else load_run(args.source, "--from")
+    if args.step is not None:
+        raise ConfigError(
+            f"--step is {args.step} with --from {args.source}, which has no steps; expected a run"
+        )
+    recipe = resolve(load(args.config)) if args.config else None
+    # Pickles of files that hold both kinds of weights are the only ones with a choice.
+    which: Kind | None = "params" if args.weights == "params" else None
+    weights = read_weights(args.source, Reading(which, args.process, recipe, args.vae), "--from")
+    return Run(pathlib.Path(), weights.config, metadata_of(weights), weights)
 
 
 def sampling_options(args: SampleArgs) -> SamplingOptions:
@@ -170,11 +202,7 @@ def parse_grid(text: str | None) -> GridName | tuple[float, ...] | None:
 def main(args: SampleArgs) -> int:
     """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
     options = sampling_options(args)
-    if args.config:
-        raise ConfigError(
-            f"--config is {args.config}; expected only with --compile-for: a --workdir has its own"
-        )
-    run = load_run(args.workdir)
+    run = load_source(args)
     config, model = run.config, sampling_model(run.config)
     named = model.condition.parse(args.labels, run.metadata.label_names)
     guide = None if args.guide_workdir is None else load_guide(args.guide_workdir, run)
@@ -309,6 +337,8 @@ def _weights(
 ) -> tuple[Any, int]:
     """(parameters of the run, whole on every device, the step they are of)."""
     model, whole = sampling_model(run.config), NamedSharding(mesh, PartitionSpec())
+    if run.weights is not None:
+        return jax.device_put(run.weights.params, whole), run.weights.step
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         jax.eval_shape(lambda key: init_params(model, run.config, key), jax.random.key(0)),

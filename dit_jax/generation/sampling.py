@@ -313,7 +313,7 @@ def load_vae(
         model, params = load_autoencoder_kl(place)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the dataset's autoencoder cannot be read: {error}") from None
-    if found != metadata.vae_hash:
+    if metadata.vae_hash and found != metadata.vae_hash:
         raise ConfigError(
             f"the autoencoder {place} has weights {found[:12]}; the latents were encoded by {metadata.vae} "
             f"with weights {metadata.vae_hash[:12]}"

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ import numpy as np
 from dit_jax.files import whole_file
 from dit_jax.interop import keymap
 from dit_jax.interop.keymap import CONV, LINEAR, Rule
+from dit_jax.interop.tensor_files import read_safetensors, read_tensor_file
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+PICKLED_FILE = "diffusion_pytorch_model.bin"  # what older repositories have in its place
 PIPELINE_SUBFOLDER = "vae"
 
 # Flax joins the index of a list with "_", torch with "."; the rest of the names is diffusers'.
@@ -70,15 +73,10 @@ def load_autoencoder_kl(
     folder itself and then in `vae/`. Raises FileNotFoundError where there is no such folder or file, and
     ValueError, naming the file and listing the tensors, where config or weights do not fit.
     """
-    folder = _locate(path_or_id, subfolder)
-    config_file, weights_file = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    try:
-        config = AutoencoderKLConfig.from_json(config_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config_file}: {error}") from None
-    model = AutoencoderKL(config)
-    state_dict = {_new_name(name): tensor for name, tensor in _read(weights_file).items()}
-    return model, keymap.to_flax(state_dict, _shapes(model), AUTOENCODER_KL_RULES, str(weights_file))
+    file = _locate(path_or_id, subfolder)
+    model = AutoencoderKL(read_config(file.parent / CONFIG_FILE))
+    state_dict = {_new_name(name): tensor for name, tensor in read_weights(file).items()}
+    return model, keymap.to_flax(state_dict, shapes(model), AUTOENCODER_KL_RULES, str(file))
 
 
 def save_autoencoder_kl(
@@ -90,7 +88,7 @@ def save_autoencoder_kl(
     folder = pathlib.Path(path)
     state_dict = keymap.to_torch(params, AUTOENCODER_KL_RULES)
     keymap.to_flax(
-        state_dict, _shapes(model), AUTOENCODER_KL_RULES, "params"
+        state_dict, shapes(model), AUTOENCODER_KL_RULES, "params"
     )  # refuses what could not be read back
     state_dict = {name: tensor.astype(dtype) for name, tensor in state_dict.items()}
     with whole_file(folder / CONFIG_FILE) as config, whole_file(folder / WEIGHTS_FILE) as weights:
@@ -99,13 +97,37 @@ def save_autoencoder_kl(
         config.write_text(model.config.to_json())
 
 
+def copy_autoencoder(path_or_id: str | os.PathLike[str], folder: pathlib.Path) -> AutoencoderKLConfig:
+    """Copy an autoencoder's two files, byte for byte, into a folder; its config."""
+    file = _locate(path_or_id, None)
+    config = read_config(file.parent / CONFIG_FILE)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in (file.parent / CONFIG_FILE, file):
+        shutil.copyfile(part, folder / part.name)
+    return config
+
+
 def weights_hash(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> str:
-    """SHA-256 of the safetensors file: which autoencoder made a set of latents."""
-    with open(_locate(path_or_id, subfolder) / WEIGHTS_FILE, "rb") as file:
+    """SHA-256 of the weights' file: which autoencoder made a set of latents."""
+    with _locate(path_or_id, subfolder).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shapes(model: AutoencoderKL) -> dict[str, Any]:
+def autoencoder_config(path_or_id: str | os.PathLike[str]) -> AutoencoderKLConfig:
+    """The sizes and factors of an autoencoder, without its weights; errors as of `load_autoencoder_kl`."""
+    return read_config(_locate(path_or_id, None).parent / CONFIG_FILE)
+
+
+def read_config(file: pathlib.Path) -> AutoencoderKLConfig:
+    """The config that a file of diffusers' says; ValueError, naming the file, where the network is another."""
+    try:
+        return AutoencoderKLConfig.from_json(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def shapes(model: AutoencoderKL) -> dict[str, Any]:
+    """The shapes of its parameters."""
     side, channels = model.downsample_factor, model.config.in_channels
     images = jax.ShapeDtypeStruct((1, side, side, channels), np.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)["params"]
@@ -116,44 +138,68 @@ def _new_name(name: str) -> str:
     return f"{match[1]}.{_OLD_NAMES[match[2]]}.{match[3]}" if match else name
 
 
-def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
-    import safetensors
-    import safetensors.numpy
+def read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a folder's weights, which lie in a safetensors file or, with older ones, in a pickle."""
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    found = read_tensor_file(file)
+    return found.arrays(next(iter(found.sets)))
 
-    try:
-        return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+def weights_file(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file of weights in one folder of diffusers' format, None where there is none."""
+    files = (folder / name for name in (WEIGHTS_FILE, PICKLED_FILE))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _locate(path_or_id: str | os.PathLike[str], subfolder: str | None) -> pathlib.Path:
-    """The folder that holds config.json and the weights."""
+    """The file of the weights, which lies beside config.json."""
     name = os.fspath(path_or_id)
     root = asset_path("digits_vae") if name == "digits" else pathlib.Path(os.path.expanduser(name))
     subfolders = ("", PIPELINE_SUBFOLDER) if subfolder is None else (subfolder,)
     if not os.path.isdir(root):
         root = _download(name, subfolders)
     for sub in subfolders:
-        folder = root / sub
-        if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
-            return folder
+        file = weights_file(root / sub)
+        if file and (file.parent / CONFIG_FILE).is_file():
+            return file
     where = " or ".join(str(root / sub) for sub in subfolders)
     raise FileNotFoundError(f"autoencoder {name!r}: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {where}")
 
 
 def _download(name: str, subfolders: tuple[str, ...]) -> pathlib.Path:
-    import huggingface_hub
-
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not is_hub_id(name):
         raise FileNotFoundError(
             f"autoencoder {name!r} is not a folder; expected a folder, a hub id such as "
             "stabilityai/sd-vae-ft-mse, or 'digits'"
         )
-    wanted = [f"{sub}/{file}".lstrip("/") for sub in subfolders for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    for weights in (WEIGHTS_FILE, PICKLED_FILE):
+        root = from_hub(
+            f"autoencoder {name!r}",
+            name,
+            [f"{sub}/{file}".lstrip("/") for sub in subfolders for file in (CONFIG_FILE, weights)],
+        )
+        if any((root / sub / weights).is_file() for sub in subfolders):
+            break
+    return root
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be that of a repository on the hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def from_hub(what: str, name: str, files: list[str]) -> pathlib.Path:
+    """The folder with those of the files that a hub's repository has.
+
+    Raises FileNotFoundError, naming `what`, where there is none.
+    """
+    import huggingface_hub
+
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors and ValueErrors
         reason = re.split(r"\.\s|\n", str(error))[0]  # the rest is advice
         raise FileNotFoundError(
-            f"autoencoder {name!r} is neither a folder nor a hub repository within reach: {reason}"
+            f"{what} is neither a folder nor a hub repository within reach: {reason}"
         ) from error

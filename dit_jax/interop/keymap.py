@@ -71,7 +71,8 @@ class Rule:
 
     `name` may refer to the pattern's groups (`\\1`). A `*` in it stands for a layer's number: the Flax parameter
     stacks those tensors along `layer_axis`. Alternatives in it, such as `to_{q,k,v}`, are tensors that the Flax
-    parameter (of one layer) has side by side along `part_axis`.
+    parameter (of one layer) has side by side along `part_axis`. A `#` in it stands for the numbers below `copies`:
+    the format repeats the tensor that many times.
     """
 
     pattern: str
@@ -79,6 +80,7 @@ class Rule:
     layout: Layout = SAME
     layer_axis: int = 0
     part_axis: int = 0
+    copies: int = 1
 
     def applies(self, path: Path) -> bool:
         """Whether the rule is for the parameter `path`."""
@@ -89,6 +91,8 @@ class Rule:
         match = re.fullmatch(self.pattern, path)
         assert match is not None
         name = match.expand(self.name)
+        if "#" in name:
+            return {name.replace("#", str(i)): value for i in range(self.copies)}
         views = {name: value}
         if "*" in name:
             layers = np.moveaxis(value, self.layer_axis, 0)
@@ -102,6 +106,16 @@ class Rule:
             for tensor, view in views.items()
             for part, piece in zip(names, np.split(view, len(names), self.part_axis), strict=True)
         }
+
+
+def layer(path: str, name: str, layout: Layout = LINEAR, axis: int = 0, **how: Any) -> tuple[Rule, Rule]:
+    """The rules of a Linear layer; `axis` is the kernel's layer axis, a bias has it first. how: of both rules, but
+    that a kernel has its parts one axis further, after its inputs."""
+    parts = {"part_axis": 1} if "{" in name else {}
+    return (
+        Rule(f"{path}/kernel", f"{name}.weight", layout, axis, **parts, **how),
+        Rule(f"{path}/bias", f"{name}.bias", FLAT, **how),
+    )
 
 
 @dataclass(frozen=True)
@@ -183,7 +197,9 @@ def to_flax(
     for path, leaf in flatten(shapes).items():
         rule = _rule(rules, path)
         flat[path] = np.empty(leaf.shape, np.float32)
-        for name, view in rule.split(path, flat[path]).items():
+        views = rule.split(path, flat[path])
+        first = next(iter(views))
+        for name, view in views.items():
             left.discard(name)
             expected = rule.layout.to_torch(np.broadcast_to(np.float32(0), view.shape)).shape
             if name not in state_dict:
@@ -191,7 +207,16 @@ def to_flax(
             elif state_dict[name].shape != expected:
                 problems.misshapen[name] = (state_dict[name].shape, expected)
             else:
-                view[...] = rule.layout.to_flax(state_dict[name], view.shape)
+                given = rule.layout.to_flax(state_dict[name], view.shape)
+                if (
+                    rule.copies > 1
+                    and name != first
+                    and first in state_dict
+                    and not np.array_equal(given, view)
+                ):
+                    problems.other.append(f"{name} is not the copy of {first} that it should be")
+                    continue
+                view[...] = given
     for name, constant in (constants or {}).items():
         if name not in left:
             continue

@@ -12,8 +12,6 @@ Letters: B batch, N tokens, M context tokens, D width, L layers.
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,16 +40,16 @@ class Block(nn.Module):
     def __call__(self, x: Array, modulation: Array | None, context: Array | None) -> tuple[Array, None]:
         """x (B, N, D), modulation (B, 4 or 6, D) for adaLN, context (B, M, D) for cross-attention."""
         compute, norm = self.compute, self.parts.norm
+        second = self.parts.second_norm or norm
         x = compute.split_batch(x)
         attention = SelfAttention(self.num_heads, compute, self.parts.queries_keys, name="attn")
         mlp = self.parts.mlp(self.mlp_hidden, compute, name="mlp")
         if modulation is None:
-            affine = functools.partial(norm.affine, compute.dtype)
-            x = x + attention(affine(name="norm1")(x))
+            x = x + attention(norm.affine(compute.dtype, name="norm1")(x))
             if context is not None:
                 cross = CrossAttention(self.num_heads, compute, name="cross_attn")
-                x = x + cross(affine(name="norm_cross")(x), context)
-            return x + mlp(affine(name="norm2")(x)), None
+                x = x + cross(norm.affine(compute.dtype, name="norm_cross")(x), context)
+            return x + mlp(second.affine(compute.dtype, name="norm2")(x)), None
 
         vectors = [modulation[:, i] for i in range(modulation.shape[1])]  # each (B, D)
         if self.conditioning == "adaln":
@@ -60,7 +58,7 @@ class Block(nn.Module):
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = vectors
         x, h = norm.add_and_modulate(x, None, None, shift1, scale1, compute)
-        x, h = norm.add_and_modulate(x, attention(h), gate1, shift2, scale2, compute)
+        x, h = second.add_and_modulate(x, attention(h), gate1, shift2, scale2, compute)
         # This sum is not the next block's first: the loop over layers would carry, and keep, its two terms.
         return add_gated(x, mlp(h), gate2), None
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from dit_jax.config import Config
 from dit_jax.models.compute import Compute
 from dit_jax.models.dit import DiT
+from dit_jax.models.parts import CONVENTIONS
 
 
 def build_model(config: Config, batch_sharding: Any = None) -> DiT:
@@ -44,6 +45,7 @@ def _dit(config: Config, compute: Compute) -> DiT:
         learn_sigma=config.diffusion.learn_sigma,
         conditioning=m.conditioning,
         compute=compute,
+        parts=CONVENTIONS[m.convention],
     )
 
 

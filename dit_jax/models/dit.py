@@ -111,7 +111,9 @@ class DiT(nn.Module):
         positions = self.parts.positions(*self.grid_size, d)
         tokens = tokens + jnp.asarray(positions, compute.dtype)[None]  # (B, N, D)
 
-        conditions = [TimestepEmbedder(d, compute, name="t_embed")(t)]  # each (B, D), float32
+        conditions = [
+            TimestepEmbedder(d, compute, self.parts.sinusoid, name="t_embed")(t)
+        ]  # each (B, D), float32
         if y is not None and self.num_classes > 0:
             with_null = self.class_dropout_prob > 0
             conditions.append(LabelEmbedder(self.num_classes, d, with_null, name="y_embed")(y))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -50,14 +51,16 @@ def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
     return np.concatenate([encode(columns.ravel()), encode(rows.ravel())], axis=1).astype(np.float32)
 
 
-def timestep_embedding(t: Array, dim: int = 256, max_period: float = 10000.0) -> Array:
-    """Sinusoidal embedding (B,) -> (B, dim) in float32: frequencies max_period^(-i / (dim/2)), cosines first.
+def timestep_embedding(t: Array, dim: int = 256, max_period: float = 10000.0, shift: int = 0) -> Array:
+    """Sinusoidal embedding (B,) -> (B, dim) in float32: frequencies max_period^(-i / (dim/2 - shift)), cosines first.
 
     The exponent is rounded to float32 before the exponential, as the published code does: at t near 1000 the
     rounding moves an angle by up to 6e-5, which would otherwise be the largest difference from it.
     """
     half = dim // 2
-    exponent = np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    exponent = (
+        np.float32(-math.log(max_period)) * np.arange(half, dtype=np.float32) / np.float32(half - shift)
+    )
     frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
     angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -68,6 +71,7 @@ class TimestepEmbedder(nn.Module):
 
     hidden_size: int
     compute: Compute = Compute()
+    sinusoid: Callable[[Array], Array] = timestep_embedding
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
@@ -79,7 +83,7 @@ class TimestepEmbedder(nn.Module):
             compute=dataclasses.replace(self.compute, dtype=jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        h = linear(name="fc1")(timestep_embedding(t))
+        h = linear(name="fc1")(self.sinusoid(t))
         return linear(name="fc2")(nn.silu(h))
 
 

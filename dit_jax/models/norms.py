@@ -15,8 +15,11 @@ Array = jax.Array
 EPSILON = 1e-6
 
 
-def statistics(x: Array) -> tuple[Array, Array]:
-    """Mean and 1 / standard deviation over the last axis: x (..., D) float32 or bfloat16 -> (..., 1) float32."""
+def statistics(x: Array, epsilon: float | None = None) -> tuple[Array, Array]:
+    """Mean and 1 / standard deviation over the last axis: x (..., D) float32 or bfloat16 -> (..., 1) float32.
+
+    epsilon: added to the variance (None: EPSILON).
+    """
     one_pass = x.dtype == jnp.bfloat16
     x = x.astype(jnp.float32)
     mean = jnp.mean(x, axis=-1, keepdims=True)
@@ -25,12 +28,12 @@ def statistics(x: Array) -> tuple[Array, Array]:
         variance = jnp.maximum(jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     else:
         variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-    return mean, jax.lax.rsqrt(variance + EPSILON)
+    return mean, jax.lax.rsqrt(variance + (EPSILON if epsilon is None else epsilon))
 
 
-def normalize(x: Array) -> Array:
+def normalize(x: Array, epsilon: float | None = None) -> Array:
     """LayerNorm without affine over the last axis, statistics in float32, output in float32."""
-    mean, rstd = statistics(x)
+    mean, rstd = statistics(x, epsilon)
     return (x.astype(jnp.float32) - mean) * rstd
 
 
@@ -49,6 +52,7 @@ class AffineNorm(nn.Module):
     """LayerNorm with learned scale and bias."""
 
     dtype: Any = jnp.float32
+    epsilon: float | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -56,4 +60,6 @@ class AffineNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         broadcast = (1,) * (x.ndim - 1) + (x.shape[-1],)
-        return (normalize(x) * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+        return (normalize(x, self.epsilon) * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(
+            self.dtype
+        )

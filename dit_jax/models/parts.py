@@ -7,11 +7,11 @@ Letters: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -19,7 +19,7 @@ from dit_jax.config import ConfigError
 from dit_jax.models.arithmetic import modulated
 from dit_jax.models.attention import QueriesKeys
 from dit_jax.models.compute import Compute
-from dit_jax.models.embeddings import sincos_positions
+from dit_jax.models.embeddings import sincos_positions, timestep_embedding
 from dit_jax.models.kernels import derivatives, fused_norm
 from dit_jax.models.mlp import Mlp
 from dit_jax.models.norms import AffineNorm, add_gated, normalize, shift_and_scale
@@ -39,7 +39,7 @@ class Norm:
     """
 
     normalize: Callable[[Array], Array]
-    affine: type[nn.Module]
+    affine: Callable[..., Any]
     by_hand: Callable[..., Array] | None = None
     fused: Callable[..., tuple[Array, Array]] | None = None
 
@@ -65,6 +65,13 @@ class Norm:
 
 
 LAYER_NORM = Norm(normalize, AffineNorm, derivatives.modulate, fused_norm.gate_residual_modulate)
+_WIDER: dict[str, Any] = {"epsilon": 1e-5}
+DIFFUSERS_SECOND_NORM = Norm(
+    functools.partial(normalize, **_WIDER),
+    functools.partial(AffineNorm, **_WIDER),
+    functools.partial(derivatives.modulate, **_WIDER),
+    functools.partial(fused_norm.gate_residual_modulate, **_WIDER),
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,25 @@ class Parts:
 
     Attributes:
       norm: of every branch, and of the final layer.
+      second_norm: of a block's last branch, the MLP (None: `norm`).
+      sinusoid: timesteps (B,) -> (B, 256), what their MLP is given.
       mlp: a module (hidden width, compute), (B, N, D) -> (B, N, D).
       positions: (rows, columns, D) -> (rows * columns, D) float32, which are added to the patches.
       queries_keys: what attention compares instead of queries and keys (see `SelfAttention`); None: those themselves.
     """
 
     norm: Norm = LAYER_NORM
+    second_norm: Norm | None = None
+    sinusoid: Callable[[Array], Array] = timestep_embedding
     mlp: Callable[..., Any] = Mlp
     positions: Callable[[int, int, int], np.ndarray] = sincos_positions
     queries_keys: QueriesKeys | None = None
+
+
+CONVENTIONS = {
+    "published": Parts(),
+    "diffusers": Parts(
+        second_norm=DIFFUSERS_SECOND_NORM, sinusoid=functools.partial(timestep_embedding, shift=1)
+    ),
+}
+"""The parts by `config.model.convention`."""

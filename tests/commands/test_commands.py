@@ -25,7 +25,7 @@ def test_a_command_gets_the_rest_of_the_line(started, name):
 def test_what_is_no_command_is_one_sentence(started, capsys, args, found):
     assert commands.main(args) == 2
     said = capsys.readouterr().err
-    assert said == f"dit-jax: {found}; expected train, sample, prepare, evaluate or --help\n"
+    assert said == f"dit-jax: {found}; expected train, sample, prepare, evaluate, convert or --help\n"
     assert not started
 
 
@@ -36,9 +36,9 @@ def test_help_names_every_command(started, capsys):
 
 
 def test_help_of_a_command_names_it_as_the_user_did(capsys):
-    from dit_jax.commands import evaluate, prepare, sample, train
+    from dit_jax.commands import convert, evaluate, prepare, sample, train
 
-    for module in (train, sample, prepare, evaluate):
+    for module in (train, sample, prepare, evaluate, convert):
         name = module.__name__.rpartition(".")[2]
         with pytest.raises(SystemExit) as ended:
             module.main(f"dit-jax {name}", ["--help"])

@@ -36,19 +36,23 @@ def _gelu_backward(x: Array, grad: Array) -> tuple[Array]:
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def modulate(x: Array, shift: Array, scale: Array, dtype: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def modulate(x: Array, shift: Array, scale: Array, dtype: Any, epsilon: float | None = None) -> Array:
     """LayerNorm(x) * (1 + scale) + shift: x (B, N, D), shift and scale (B, D) -> (B, N, D) in `dtype`."""
-    return _modulate_forward(x, shift, scale, dtype)[0]
+    return _modulate_forward(x, shift, scale, dtype, epsilon)[0]
 
 
-def _modulate_forward(x: Array, shift: Array, scale: Array, dtype: Any) -> tuple[Array, tuple[Array, ...]]:
-    mean, rstd = norms.statistics(x)
+def _modulate_forward(
+    x: Array, shift: Array, scale: Array, dtype: Any, epsilon: float | None
+) -> tuple[Array, tuple[Array, ...]]:
+    mean, rstd = norms.statistics(x, epsilon)
     normal = (x.astype(jnp.float32) - mean) * rstd
     return norms.shift_and_scale(normal, shift, scale, dtype), (x, mean, rstd, shift, scale)
 
 
-def _modulate_backward(dtype: Any, saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
+def _modulate_backward(
+    dtype: Any, epsilon: float | None, saved: tuple[Array, ...], grad: Array
+) -> tuple[Array, Array, Array]:
     x, mean, rstd, shift, scale = saved
     normal, grad = (x.astype(jnp.float32) - mean) * rstd, grad.astype(jnp.float32)
     of_normal = grad * (1.0 + scale.astype(jnp.float32)[:, None, :])

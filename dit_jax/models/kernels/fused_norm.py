@@ -56,7 +56,7 @@ def check_norm_kernel(kernel: str, conditioning: str, platform: str | None = Non
         )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def gate_residual_modulate(
     x: Array,
     branch: Array | None,
@@ -65,6 +65,7 @@ def gate_residual_modulate(
     scale: Array,
     dtype: Any,
     sharding: Any = None,
+    epsilon: float = EPSILON,
 ) -> tuple[Array, Array]:
     """x' = x + gate * branch, and its modulated norm.
 
@@ -76,27 +77,36 @@ def gate_residual_modulate(
       shift, scale: (B, D).
       dtype: of the modulated norm.
       sharding: the `NamedSharding` of the batch, None on one device. Each device then works on its own images.
+      epsilon: added to the variance.
 
     Returns:
       x' (B, N, D) in x's type and norm(x') * (1 + scale) + shift (B, N, D) in `dtype`.
     """
-    return _forward(x, branch, gate, shift, scale, dtype, sharding)[0]
+    return _forward(x, branch, gate, shift, scale, dtype, sharding, epsilon)[0]
 
 
 def _forward(
-    x: Array, branch: Array | None, gate: Array | None, shift: Array, scale: Array, dtype: Any, sharding: Any
+    x: Array,
+    branch: Array | None,
+    gate: Array | None,
+    shift: Array,
+    scale: Array,
+    dtype: Any,
+    sharding: Any,
+    epsilon: float,
 ) -> tuple[tuple[Array, Array], tuple[Any, ...]]:
     inputs = _present(x=x, branch=branch, gate=gate, shift=shift, scale=scale)
     outputs = {"y": dtype, "mean": jnp.float32, "rstd": jnp.float32}
     if branch is not None:
         outputs["sum"] = x.dtype
-    out = _run(_forward_kernel, inputs, outputs, FORWARD_TOKENS, sharding)
+    kernel = functools.partial(_forward_kernel, epsilon=epsilon)
+    out = _run(kernel, inputs, outputs, FORWARD_TOKENS, sharding)
     x = out.get("sum", x)
     return (x, out["y"]), (x, branch, gate, shift, scale, out["mean"], out["rstd"])
 
 
 def _backward(
-    dtype: Any, sharding: Any, saved: tuple[Any, ...], grads: tuple[Array, Array]
+    dtype: Any, sharding: Any, epsilon: float, saved: tuple[Any, ...], grads: tuple[Array, Array]
 ) -> tuple[Any, ...]:
     x, branch, gate, shift, scale, mean, rstd = saved
     inputs = {"x": x, "scale": scale, "mean": mean, "rstd": rstd, "of_sum": grads[0], "of_y": grads[1]}
@@ -123,7 +133,7 @@ gate_residual_modulate.defvjp(_forward, _backward)
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-def _forward_kernel(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+def _forward_kernel(inputs: Mapping[str, Any], outputs: Mapping[str, Any], epsilon: float) -> None:
     """Tokens (T, D) of one image: from x, branch, gate (D), shift (D), scale (D) to sum, y, mean (T), rstd (T)."""
     tokens, width = inputs["x"].shape
     shift, scale = _load(inputs["shift"]), _load(inputs["scale"])
@@ -137,7 +147,7 @@ def _forward_kernel(inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> No
             x = _store(outputs["sum"], i, x)
         mean = _total(x) / width
         x = _each(lambda x: x - mean, x)
-        rstd = 1.0 / jnp.sqrt(_total(_each(jnp.square, x)) / width + EPSILON)
+        rstd = 1.0 / jnp.sqrt(_total(_each(jnp.square, x)) / width + epsilon)
         _store(outputs["y"], i, _each(lambda x, a, b: x * rstd * (1.0 + a) + b, x, scale, shift))
         outputs["mean"][i], outputs["rstd"][i] = mean, rstd
 

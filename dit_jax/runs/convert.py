@@ -1,0 +1,121 @@
+"""Weights from one format into another, the folder of a run among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from dit_jax.config import ConfigError, run_config, to_json
+from dit_jax.data.metadata import LatentMetadata
+from dit_jax.files import check_folder, whole_folder, write_whole
+from dit_jax.interop import keymap
+from dit_jax.interop.diffusers import weights_hash
+from dit_jax.interop.formats import WRITERS, Kind, is_run, read_weights
+from dit_jax.interop.weights import Latents, Reading, Weights, name_of, shapes_of
+from dit_jax.runs.checkpoint import say
+from dit_jax.runs.weights import load_weights, save_weights
+from dit_jax.runs.workdir import read_metadata
+
+CONVENTIONS = {"pt": "published", "diffusers": "diffusers"}
+"""Whose constants the programs that read a format compute with (`config.model.convention`)."""
+
+
+def convert(source: str, out: str, to: Kind | None, reading: Reading) -> str:
+    """Read weights from one place and write them to another; what was done, in one line.
+
+    to: the format of `out`, None for the one that its name, or else the source, tells: a .pt file; of a run our
+    folder for the Hub; of anything else a run. Raises ConfigError before anything is written.
+    """
+    target = pathlib.Path(os.path.expanduser(out))
+    if os.path.lexists(target):
+        raise ConfigError(f"OUT is {out}, which exists; expected a new name")
+    if not target.name:
+        raise ConfigError(f"OUT is {out!r}, which names no file or folder; expected one")
+    kind = to or ("pt" if target.suffix in (".pt", ".pth") else "folder" if is_run(source) else "run")
+    weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN")
+    check_folder("OUT", target.parent)
+    theirs, ours = CONVENTIONS.get(kind), weights.config.model.convention
+    if theirs not in (None, ours):
+        say(
+            f"warning: what reads {out} computes with the {theirs} constants, these weights are of the {ours} ones "
+            "(--model.convention): its pictures differ slightly from those of sample.py"
+        )
+    if kind == "pt":
+        WRITERS[kind](target, weights)
+    else:
+        with whole_folder(target) as beside:
+            (write_run if kind == "run" else WRITERS[kind])(beside, weights)
+    return f"{out} ({kind}): {described(weights)}"
+
+
+def described(weights: Weights) -> str:
+    """What the weights are, in a few words."""
+    count = sum(np.size(leaf) for leaf in keymap.flatten(weights.params).values())
+    m, d = weights.config.model, weights.config.diffusion
+    return (
+        f"{count / 1e6:.1f}M parameters, depth {m.depth}, width {m.hidden_size}, patch {m.patch_size}, "
+        f"{d.kind}, {m.convention} constants"
+    )
+
+
+# ----------------------------------------------------------------------------------------------- runs
+
+
+def read_run(folder: str, reading: Reading) -> Weights:
+    """The weights of a run's checkpoint, on the host; ConfigError where there is none."""
+    for option in ("config", "process"):
+        if getattr(reading, option) is not None:
+            raise ConfigError(
+                f"--{option} is given with the run {folder}, which has its own; expected neither"
+            )
+    path = pathlib.Path(folder)
+    config, metadata = run_config("IN", path), read_metadata("IN", path)
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), shapes_of(config)
+    )
+    params, step = load_weights(path / "checkpoints", like, config, reading.which or "ema", reading.step)
+    latents = Latents(metadata.vae, metadata.image_size, metadata.scaling_factor, metadata.shift_factor)
+    if reading.vae:
+        latents = dataclasses.replace(latents, vae=reading.vae)
+    dataset = json.loads(metadata.to_json())
+    return Weights(
+        config, jax.device_get(params), name_of(folder), latents, metadata.label_names, step, dataset
+    )
+
+
+def write_run(folder: pathlib.Path, weights: Weights) -> None:
+    """Write what sample.py, evaluate.py and --train.init-from read of a run."""
+    optim = dataclasses.replace(weights.config.optim, ema_more=(), ema_sigma_rel=())
+    config = dataclasses.replace(weights.config, optim=optim)
+    save_weights(folder / "checkpoints", weights.step, weights.params)
+    write_whole(folder / "dataset.json", metadata_of(weights).to_json())
+    write_whole(folder / "config.json", to_json(config))
+
+
+def metadata_of(weights: Weights) -> LatentMetadata:
+    """The dataset's metadata of weights: their own, or what is known of other people's data."""
+    latents, m = weights.latents, weights.config.model
+    try:
+        vae_hash = weights_hash(latents.vae) if _is_here(latents.vae) else ""
+    except OSError as error:
+        raise ConfigError(f"the autoencoder cannot be read: {error}") from None
+    if weights.dataset is not None:
+        known: dict[str, Any] = {**weights.dataset, "vae": latents.vae}
+        return LatentMetadata.from_json(json.dumps(known), f"the dataset of {weights.source}")
+    return LatentMetadata(
+        source=f"weights:{weights.source}", source_hash="", source_count=0, vae=latents.vae, vae_hash=vae_hash,
+        vae_backend="", precision="", scaling_factor=latents.scaling_factor, shift_factor=latents.shift_factor,
+        latent_shape=(*m.input_size, m.in_channels), image_size=latents.image_size, crop="", mirrors=False,
+        dtype="float32", num_classes=m.num_classes, label_names=weights.label_names, shard_size=1, batch_size=1,
+    )  # fmt: skip
+
+
+def _is_here(vae: str) -> bool:
+    return vae == "digits" or os.path.isdir(os.path.expanduser(vae))

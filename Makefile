@@ -17,7 +17,7 @@ export JAX_PLATFORMS ?= $(if $(ACCEL),,cpu)
 
 demo: $(VENV)/.installed-$(ACCEL)
 	$(BIN)/python train.py --train.workdir $(RUN)
-	$(BIN)/python sample.py --workdir $(RUN) --num-samples 1000 --steps 25 --cfg-scale 1.25 --batch-size 250 --out $(RUN)/samples.png --npz $(RUN)/samples.npz
+	$(BIN)/python sample.py --workdir $(RUN) --num-samples 1000 --steps 12 --cfg-scale 1.25 --batch-size 250 --out $(RUN)/samples.png --npz $(RUN)/samples.npz
 	$(BIN)/python evaluate.py --npz $(RUN)/samples.npz
 	@echo "Pictures: $(RUN)/samples.png; samples during training: $(RUN)/samples/"
 

@@ -62,7 +62,7 @@ def jax_loop(
     """(params, labels (B,)) -> latents (B, h, w, c) on the host, over all devices."""
     mesh = device_mesh()
     sampler: Any = make_latent_sampler(
-        model, config, SamplingOptions(steps=steps, cfg_scale=args.cfg_scale), mesh
+        model, config, SamplingOptions("ddim", steps, cfg_scale=args.cfg_scale), mesh
     )
     return lambda params, labels: np.asarray(sampler(params, 0, np.arange(len(labels)), labels))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cfg-scale", type=float, default=1.25)
     parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--tables", nargs="*", default=[], help="measure nothing: draw these printed tables")
     parser.add_argument("--out", default="", help="PNG file for a picture of the table")
     return parser.parse_args()
 
@@ -93,29 +95,66 @@ def make_scores(args: argparse.Namespace) -> Any:
     return score, samplers_for(process)
 
 
-def summary(scores: list[Score]) -> str:
-    """Means over seeds, and half the range of the distance."""
+class Row(NamedTuple):
+    """A line of the table: means over seeds, and half the range of the distance."""
+
+    sampler: str
+    grid: str
+    evaluations: int
+    agreement: float
+    frechet: float
+    spread: float
+    error: float
+
+    def __str__(self) -> str:
+        error = "      -" if np.isnan(self.error) else f"{self.error:7.4f}"
+        return (
+            f"{self.sampler:16} {self.grid:10} {self.evaluations:11} {self.agreement:13.1%} {self.frechet:8.2f} "
+            f"± {self.spread:4.2f} {error}"
+        )
+
+    @classmethod
+    def read(cls, line: str) -> Row:
+        """The row that was printed as `line`."""
+        sampler, grid, count, agreement, frechet, _, spread, error = line.split()
+        share = round(float(agreement.removesuffix("%")) / 100, 4)
+        distance = float(error.replace("-", "nan"))
+        return cls(sampler, grid, int(count), share, float(frechet), float(spread), distance)
+
+
+HEAD = f"{'sampler':16} {'grid':10} {'evaluations':>11} {'read as asked':>13} {'Frechet':>15} {'error':>7}"
+
+
+def summary(sampler: str, grid: str, evaluations: int, scores: list[Score]) -> Row:
+    """The line of so many seeds' scores."""
     agreement, frechet, error = np.array(scores).T
     spread = (frechet.max() - frechet.min()) / 2
-    distance = f"{frechet.mean():8.2f}" + (f" ± {spread:4.2f}" if len(scores) > 1 else "")
-    return f"{agreement.mean():7.1%} {distance} " + (
-        "      -" if np.isnan(error).any() else f"{error.mean():7.4f}"
-    )
+    return Row(sampler, grid, evaluations, agreement.mean(), frechet.mean(), spread, error.mean())
 
 
-def draw_picture(path: str, rows: dict[tuple[str, str], list[tuple[int, list[Score]]]]) -> None:
-    """The distance to real digits, and the error, over evaluations: a line for each sampler and grid."""
+def draw_picture(path: str, rows: list[Row]) -> None:
+    """The distance to real digits, and the error, over evaluations: a line for each sampler and grid, level where it
+    has one point alone."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharex=True)
-    for i, ((sampler, grid), points) in enumerate(rows.items()):
-        counts = [count for count, _ in points]
-        style = {"marker": "o", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": f"{sampler}, {grid}"}
-        axes[0].plot(counts, [np.mean([s.frechet for s in scores]) for _, scores in points], **style)
-        axes[1].plot(counts, [np.mean([s.error for s in scores]) for _, scores in points], **style)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True)
+    lines = list(dict.fromkeys((row.sampler, row.grid) for row in rows))
+    for i, key in enumerate(lines):
+        points = sorted(
+            (row for row in rows if (row.sampler, row.grid) == key), key=lambda row: row.evaluations
+        )
+        counts = [row.evaluations for row in points]
+        if len(points) == 1:
+            row = points[0]
+            label = f"{row.sampler}, {row.evaluations} evaluations"
+            axes[0].axhline(row.frechet, color="0.4", linestyle=":", label=label)
+            continue
+        style = {"marker": "o", "linestyle": ("-", "--", ":")[i // 10 % 3], "label": ", ".join(key)}
+        axes[0].plot(counts, [row.frechet for row in points], **style)
+        axes[1].plot(counts, [row.error for row in points], **style)
     for axis, name in zip(
         axes, ("Frechet distance to real test digits", "error of the latents (RMS)"), strict=True
     ):
@@ -123,27 +162,37 @@ def draw_picture(path: str, rows: dict[tuple[str, str], list[tuple[int, list[Sco
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    axes[0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     args = options()
+    if args.tables:
+        lines = [line for table in args.tables for line in pathlib.Path(table).read_text().splitlines()]
+        rows = [Row.read(line) for line in lines if "±" in line]
+    else:
+        rows = measure(args)
+    if args.out:
+        draw_picture(args.out, rows)
+        print(f"picture: {args.out}")
+
+
+def measure(args: argparse.Namespace) -> list[Row]:
+    """The table, printed line by line."""
     score, known = make_scores(args)
     names = args.samplers or [name for name in known if SAMPLERS[name].evaluations is not None]
-    rows: dict[tuple[str, str], list[tuple[int, list[Score]]]] = {}
-    print(f"{'sampler':16} {'grid':10} {'evaluations':>11} {'read as asked':>7} {'Frechet':>8} {'error':>7}")
+    rows = []
+    print(HEAD)
     for name in names:
         for grid in ["respaced"] if name == "ddpm" else args.grids:  # it takes whole timesteps alone
             for evaluations in args.evaluations:
                 scored = [score(name, grid, evaluations, seed) for seed in range(args.seeds)]
                 scores, count = [one for one, _ in scored], max(count for _, count in scored)
-                rows.setdefault((name, grid), []).append((count, scores))
-                print(f"{name:16} {grid:10} {count:11} {summary(scores)}", flush=True)
-    if args.out:
-        draw_picture(args.out, rows)
-        print(f"picture: {args.out}")
+                rows.append(summary(name, grid, count, scores))
+                print(rows[-1], flush=True)
+    return rows
 
 
 if __name__ == "__main__":

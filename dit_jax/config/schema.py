@@ -196,7 +196,7 @@ class TrainConfig:
     sample_count: int = 64
     """Samples in a grid."""
     sample_steps: int = 50
-    """Steps of their sampler, the first of those that serve the process."""
+    """Steps of their sampler, which is the one of sample.py without --sampler."""
     sample_cfg_scale: float = 1.5
     """Guidance scale of those samples (1: none)."""
 

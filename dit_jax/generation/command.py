@@ -69,9 +69,8 @@ class SampleArgs:
     num_samples: int = 64
     """How many pictures."""
     sampler: str | None = None
-    """Name of a sampler, such as ddim (the default of a Gaussian run), ddpm (ancestral), dpmpp_2m, unipc_2, euler
-    (the default under flow matching), heun or dopri5; a name that does not serve the run is answered with those
-    that do."""
+    """Name of a sampler, such as unipc_2 (the default, but ddim where --eta is given), ddpm (ancestral), dpmpp_2m,
+    euler, heun or dopri5; a name that does not serve the run is answered with those that do."""
     steps: int = 50
     """Sampling steps."""
     eta: float = 0.0

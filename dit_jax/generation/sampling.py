@@ -36,7 +36,7 @@ from dit_jax.models.dit import DiT
 from dit_jax.pictures import save_grid, to_uint8
 from dit_jax.processes import all_fail_alike
 from dit_jax.samplers.grid import GridName
-from dit_jax.samplers.table import Choice, default_sampler, plan
+from dit_jax.samplers.table import DEFAULT, Choice, plan
 from dit_jax.samplers.table import sample as draw_samples
 
 Array = jax.Array
@@ -77,7 +77,7 @@ class SamplingOptions:
 
     def choice(self, process: Process) -> Choice:
         """What a sampler of this process is told."""
-        sampler = self.sampler or default_sampler(process)
+        sampler = self.sampler or ("ddim" if self.eta else DEFAULT)  # who gives DDIM's noise means it
         return Choice(sampler, self.steps, self.eta, self.grid, self.grid_shift)
 
 

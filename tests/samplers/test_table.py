@@ -14,7 +14,7 @@ from dit_jax.diffusion.samplers import sample_ddim, sample_ddpm
 from dit_jax.samplers.course import course_of
 from dit_jax.samplers.grid import GRIDS, make_times
 from dit_jax.samplers.noise import sample_keys, start_noise
-from dit_jax.samplers.table import SAMPLERS, Choice, default_sampler, plan, sample, samplers_for
+from dit_jax.samplers.table import DEFAULT, SAMPLERS, Choice, plan, sample, samplers_for
 
 PROCESSES = {
     "gaussian": GaussianDiffusion.create(learn_sigma=False),
@@ -221,4 +221,8 @@ def test_what_the_mathematics_does_not_allow_is_refused(process, choice, message
 def test_a_process_without_a_course_is_named():
     with pytest.raises(TypeError, match="the process is a int"):
         plan(3, Choice())
-    assert default_sampler(PROCESSES["gaussian"]) == "ddim" and default_sampler(PROCESSES["flow"]) == "euler"
+
+
+def test_the_default_serves_every_process():
+    for process in PROCESSES.values():
+        assert DEFAULT in samplers_for(process)

@@ -68,7 +68,7 @@ def test_it_is_sampled_by_its_own_samplers(run):
     config, state, *_ = run
     params = jax.device_get(state.params)
     params = jax.tree.map(lambda a: a + 0.02, params)  # after 4 steps the last layer is nearly zero
-    euler = latents_of(config, params)
+    euler = latents_of(config, params, "euler")
     model = build_model(config)
 
     def network(x, t, y):
@@ -78,8 +78,8 @@ def test_it_is_sampled_by_its_own_samplers(run):
     guided = classifier_free_guidance(network, LABELS, model.null_label, 1.5)
     expected = sample_ode(FlowMatching.create(), guided, start_noise(keys, (8, 8, 4)), steps=5)
     np.testing.assert_allclose(euler, expected, atol=2e-5)
-    np.testing.assert_array_equal(euler, latents_of(config, params, "euler"))
-    others = [latents_of(config, params, name) for name in ("heun", "euler_maruyama")]
+    np.testing.assert_array_equal(latents_of(config, params), latents_of(config, params, "unipc_2"))
+    others = [latents_of(config, params, name) for name in (None, "heun", "euler_maruyama")]
     for other in others:
         assert np.isfinite(other).all() and np.abs(other - euler).max() > 1e-3
 
@@ -88,7 +88,7 @@ def test_it_is_sampled_by_its_own_samplers(run):
     ("process", "options", "message"),
     [
         (FLOW, {"sampler": "ddpm"}, "--sampler is 'ddpm'; expected one of .*euler.* for this process"),
-        (FLOW, {"eta": 0.5}, "--eta is 0.5; expected 0 for sampler 'euler'"),
+        (FLOW, {"sampler": "euler", "eta": 0.5}, "--eta is 0.5; expected 0 for sampler 'euler'"),
         (FLOW, {"steps": 0}, "--steps is 0; expected"),
         (
             GaussianConfig(),

@@ -13,6 +13,8 @@ import platform
 import jax
 from jax.sharding import Mesh
 
+from dit_jax.files import cache_folder
+
 # KiB of on-chip memory for the working set of one operation, by jax's device_kind. The rest holds whole arrays.
 _SCOPED_VMEM_KIB = {"TPU v5 lite": 32768, "TPU v5": 49152, "TPU v5p": 49152}
 
@@ -37,8 +39,7 @@ def keep_compiled_programs() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(home / "dit_jax" / _processor()))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / _processor()))
 
 
 def _processor() -> str:

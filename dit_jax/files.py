@@ -78,6 +78,11 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(handle)
 
 
+def cache_folder() -> pathlib.Path:
+    """Where this package keeps what it can make again: dit_jax in $XDG_CACHE_HOME, or in ~/.cache."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dit_jax"
+
+
 # ----------------------------------------------------------------------------------- checks up front
 
 

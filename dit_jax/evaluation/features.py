@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dit_jax.config import ConfigError
 from dit_jax.evaluation.statistics import RunningStatistics
 
 STATISTICS = ("pool", "spatial")
@@ -27,12 +28,22 @@ class FeatureExtractor:
 
     name: as in results, such as `inception` or `digits`. convention: how pictures are resized for it. weights_hash:
     SHA-256 of its weights, None where it has none. run: (B, h, w, 3) uint8 -> name of a feature -> (B, F) or (B,).
+    side: of the pictures that it takes, None for any.
     """
 
     name: str
     convention: str
     weights_hash: str | None
     run: Callable[[np.ndarray], dict[str, np.ndarray]]
+    side: int | None = None
+
+    def check(self, what: str, shape: tuple[int, ...]) -> None:
+        """Raises ConfigError where it does not take pictures (N, h, w, C) of this shape; `what` has them."""
+        if self.side is not None and shape[1:3] != (self.side, self.side):
+            raise ConfigError(
+                f"{what} has pictures of {shape[1]}x{shape[2]} pixels; the {self.name} features are of "
+                f"{self.side}x{self.side}"
+            )
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Features of pictures (B, h, w, 3) uint8. Raises ValueError for other arrays."""
@@ -120,7 +131,7 @@ def features_of(
     extractor: FeatureExtractor,
     images: np.ndarray,
     batch_size: int = 256,
-    told: Callable[[int], None] | None = None,
+    told: Callable[[int], object] | None = None,
 ) -> Features:
     """Features of pictures (N, h, w, 3) uint8, numbered as they lie. told: is called with the size of every batch."""
     found = Features()
@@ -158,4 +169,4 @@ def digits_extractor() -> FeatureExtractor:
         pixels = digits.to_8x8(images)
         return {"pool": pixels.astype(np.float32), "read": referee.predict(pixels).astype(np.int32)}
 
-    return FeatureExtractor("digits", "8x8 pixels", None, run)
+    return FeatureExtractor("digits", "8x8 pixels", None, run, digits.SIZE)

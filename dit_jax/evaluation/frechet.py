@@ -38,12 +38,14 @@ def frechet_of(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b:
         if not np.isfinite(x).all():
             raise ValueError(f"{name} holds values that are not finite")
     mean_a, cov_a, mean_b, cov_b = (x.astype(np.float64) for x in (mean_a, cov_a, mean_b, cov_b))
-    cross = np.linalg.svd(_sqrt(cov_a) @ _sqrt(cov_b), compute_uv=False).sum()
+    # The roots are symmetric ones but for rotations, which change no singular value.
+    cross = np.linalg.svd(_root(cov_a).T @ _root(cov_b), compute_uv=False).sum()
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
     return max(float(distance), 0.0)  # rounding may leave a trace below zero
 
 
-def _sqrt(cov: np.ndarray) -> np.ndarray:
-    """Symmetric root of a positive semidefinite matrix (F, F)."""
+def _root(cov: np.ndarray) -> np.ndarray:
+    """(F, r) of which the product with its transpose is a positive semidefinite matrix (F, F) of rank r."""
     values, vectors = np.linalg.eigh(cov)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    above = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
+    return vectors[:, above] * np.sqrt(values[above])

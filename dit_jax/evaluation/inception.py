@@ -22,7 +22,7 @@ def inception_extractor(
 ) -> FeatureExtractor:
     """The network of the weights in `path`, or else $DIT_JAX_INCEPTION; of any size of pictures.
 
-    batch_size: pictures at once, rounded up to the devices (default: 32 a device); others are cut or filled up.
+    batch_size: pictures at once at most, rounded up to the devices (default: 32 a device).
     Computes in float32, products too. Raises ConfigError where there are no weights or they do not fit.
     """
     variables, found = load_inception(find_inception(path))
@@ -39,7 +39,10 @@ def inception_extractor(
         batches = []
         for start in range(0, len(images), size):
             batch = images[start : start + size]
-            filled = np.pad(batch, [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)])
+            full = devices  # doubled: few sizes to compile for, and few pictures that fill up
+            while full < len(batch):
+                full *= 2
+            filled = np.pad(batch, [(0, min(full, size) - len(batch)), (0, 0), (0, 0), (0, 0)])
             out = network(variables, resize(jax.device_put(filled, split)))
             batches.append({name: np.asarray(values)[: len(batch)] for name, values in out.items()})
         return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

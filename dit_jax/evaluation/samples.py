@@ -56,7 +56,7 @@ def load_provenance(path: str | os.PathLike[str]) -> Provenance:
     """What such a file says of its samples; nothing for a file of another program. Raises ConfigError."""
     known = {field.name for field in dataclasses.fields(Provenance)}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             if "provenance" not in file.files:
                 return Provenance()
             found = json.loads(str(file["provenance"]))
@@ -69,6 +69,15 @@ def load_provenance(path: str | os.PathLike[str]) -> Provenance:
 
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
+    images, labels = load_pictures(path, labelled=True)
+    assert labels is not None
+    return images, labels
+
+
+def load_pictures(
+    path: str | os.PathLike[str], labelled: bool = False
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same, also of a file of another program without labels unless they are asked for."""
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("it is no file")
@@ -76,15 +85,18 @@ def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
             found = np.load(file, allow_pickle=False)
             if not isinstance(found, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
-            images, labels = found["arr_0"], found["arr_1"]
+            images = found["arr_0"]
+            labels = found["arr_1"] if labelled or "arr_1" in found.files else None
     except Exception as error:  # readers of damaged files raise nearly anything
         raise ConfigError(
             f"--npz names {path}, which cannot be read ({error}); expected a file of sample.py"
         ) from None
     pictures = images.ndim == 4 and images.dtype == np.uint8 and images.shape[-1] in (1, 3)
-    if not pictures or labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+    right = labels is None or (labels.shape == images.shape[:1] and labels.dtype.kind in "iu")
+    if not pictures or not right:
+        of_labels = "" if labels is None else f" and arr_1 {labels.shape} {labels.dtype}"
         raise ConfigError(
-            f"--npz names {path} with arr_0 {images.shape} {images.dtype} and arr_1 {labels.shape} {labels.dtype}; "
+            f"--npz names {path} with arr_0 {images.shape} {images.dtype}{of_labels}; "
             f"expected images (N, H, W, 3) uint8 and labels (N,) of integers"
         )
     return images, labels

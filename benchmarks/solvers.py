@@ -140,7 +140,7 @@ def draw_picture(path: str, rows: list[Row]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.5), sharex=True, layout="constrained")
     lines = list(dict.fromkeys((row.sampler, row.grid) for row in rows))
     for i, key in enumerate(lines):
         points = sorted(
@@ -162,8 +162,9 @@ def draw_picture(path: str, rows: list[Row]) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    figure.legend(
+        handles=axes[0].get_legend_handles_labels()[0], loc="outside lower center", fontsize=8, ncols=6
+    )
     figure.savefig(path, dpi=110)
 
 

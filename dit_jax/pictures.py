@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dit_jax.files import whole_file
@@ -13,6 +15,16 @@ from dit_jax.files import whole_file
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Values in [-1, 1] -> uint8 by clip(127.5 x + 128, 0, 255), truncated, as the published sampler does."""
     return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)
+
+
+def to_uint8_on_device(images: jax.Array) -> jax.Array:
+    """The same as `to_uint8`, to the bit, as part of a program.
+
+    A compiler may round a product and a sum once where the host rounds twice. Here only 255 x is rounded before the
+    sum, as 256 x - x, of which the product is exact.
+    """
+    x = jnp.clip(images.astype(jnp.float32), -2.0, 2.0)
+    return jnp.clip(0.5 * (256.0 * x - x) + 128.0, 0.0, 255.0).astype(jnp.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:

@@ -31,7 +31,8 @@ ALIKE_MS = 60_000
 POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 10.0  # how long process 0, which keeps the store, waits for the others to have read it
 _CODE, _LEFT = "dit_jax/exit_code", "dit_jax/left"
-_calls, _failures = itertools.count(), itertools.count()
+_calls, _failures, _agreements = itertools.count(), itertools.count(), itertools.count()
+_TOLD_APART = (ConfigError, FloatingPointError, OSError, jax.errors.JaxRuntimeError)
 _ending = threading.Lock()
 _joined = False
 
@@ -66,6 +67,29 @@ def all_fail_alike() -> None:
     have called this. Raises JaxRuntimeError where some have not in a minute: they wait for this one's part."""
     if jax.process_count() > 1:
         _store().wait_at_barrier(f"dit_jax/failed/{next(_failures)}", ALIKE_MS)
+
+
+def agree(problem: Exception | None = None) -> None:
+    """Returns when all processes have called this, each with what went wrong in it, if anything.
+
+    Where something did, all raise: a process its own problem, the others the first one's, of its kind where callers
+    tell kinds apart, else as a RuntimeError.
+    """
+    if jax.process_count() > 1:
+        store, key = _store(), f"dit_jax/agree/{next(_agreements)}"
+        if problem is not None:
+            kind = next((i for i, kind in enumerate(_TOLD_APART) if isinstance(problem, kind)), None)
+            with contextlib.suppress(Exception):  # there is one already
+                store.key_value_set(f"{key}/problem", json.dumps([kind, str(problem)]))
+        store.wait_at_barrier(key, FOREVER_MS)
+        if problem is None:
+            try:
+                kind, text = json.loads(store.key_value_try_get(f"{key}/problem"))
+            except jax.errors.JaxRuntimeError:  # no such key: all is well
+                return
+            raise (RuntimeError if kind is None else _TOLD_APART[kind])(text)
+    if problem is not None:
+        raise problem
 
 
 def join_the_others() -> None:

@@ -1,9 +1,10 @@
 """Pixels and grids."""
 
+import jax
 import numpy as np
 from PIL import Image
 
-from dit_jax.pictures import grid, save_grid, to_uint8
+from dit_jax.pictures import grid, save_grid, to_uint8, to_uint8_on_device
 
 
 def test_pixels_are_clipped_and_truncated_as_published():
@@ -33,3 +34,17 @@ def test_small_pictures_are_enlarged_by_whole_factors(tmp_path):
     read = np.asarray(Image.open(tmp_path / "grid.png"))
     assert read.shape == (64, 64)
     np.testing.assert_array_equal(read[::4, ::4], images[0, :, :, 0])
+
+
+def test_a_device_makes_the_same_bytes_as_the_host():
+    """Also where a product and a sum that are rounded once would give another byte."""
+    borders = ((np.arange(257) - 128) / 127.5).astype(np.float32).view(np.int32)
+    values = (borders + np.arange(-50, 51)[:, None]).view(np.float32).ravel()
+    values = np.concatenate(
+        [values[~np.isnan(values)], np.float32([0, -0.0, 1e-40, 3e38, -3e38, np.inf, -np.inf])]
+    )
+    rng = np.random.default_rng(0)
+    values = np.concatenate([values, rng.uniform(-1.2, 1.2, 200_000).astype(np.float32)])
+    with np.errstate(over="ignore"):
+        expected = to_uint8(values)
+    np.testing.assert_array_equal(jax.jit(to_uint8_on_device)(values), expected)

@@ -6,8 +6,11 @@ Legend: N samples, H and W sides in pixels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
+import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +50,31 @@ def save_samples(
 
     The file appears when it is whole.
     """
+    write_samples(path, [images], labels, provenance)
+
+
+def write_samples(
+    path: str | os.PathLike[str],
+    blocks: Iterable[np.ndarray],
+    labels: np.ndarray,
+    provenance: Provenance | None = None,
+) -> None:
+    """The same of images that come in blocks (n, H, W, 3), N in all, of which one is held at a time."""
+    blocks = iter(blocks)
+    first = next(blocks)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
+        "shape": (len(labels), *first.shape[1:]),
+    }  # fmt: skip
     text = json.dumps(dataclasses.asdict(provenance or Provenance()))
-    with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, images, labels, provenance=np.array(text))
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for block in itertools.chain([first], blocks):
+                member.write(np.ascontiguousarray(block).data)
+        for name, values in (("arr_1", labels), ("provenance", np.array(text))):
+            with file.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, values, allow_pickle=False)
 
 
 def load_provenance(path: str | os.PathLike[str]) -> Provenance:

@@ -21,6 +21,7 @@ from dit_jax.config import Config, ConfigError
 from dit_jax.data.crop import center_crop
 from dit_jax.diffusion.create import create_process
 from dit_jax.files import whole_file
+from dit_jax.generation.decoding import Decoder
 from dit_jax.generation.sampling import SamplingOptions, device_mesh, guided_network
 from dit_jax.models.autoencoder_kl import AutoencoderKL, to_latents
 from dit_jax.models.dit import DiT
@@ -103,9 +104,7 @@ def strip_of(path: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(os.fspath(path).removesuffix(".gif") + "_strip.png")
 
 
-def save_way(
-    path: str | os.PathLike[str], found: Way, decoder: Callable[[np.ndarray], np.ndarray]
-) -> pathlib.Path:
+def save_way(path: str | os.PathLike[str], found: Way, decoder: Decoder) -> pathlib.Path:
     """An animated GIF of the first samples, state beside predicted clean latent, and a strip of both as PNG.
 
     Returns the strip's file.
@@ -115,7 +114,7 @@ def save_way(
     states, x0 = (np.asarray(part)[:, :SHOWN] for part in found)
     count = states.shape[1]
     # Decoded moment by moment: a moment's pictures fit in memory, those of all may not.
-    pairs = [(decoder(a), decoder(b)) for a, b in zip(states, x0, strict=True)]
+    pairs = [(np.asarray(decoder(a)), np.asarray(decoder(b))) for a, b in zip(states, x0, strict=True)]
     frames = []
     for now, clean in pairs:
         factor = enlargement(now.shape[1])

@@ -18,7 +18,8 @@ def picture_bytes(count: int, side: int) -> int:
 def check_pictures(option: str, count: int, in_grid: int, side: int) -> None:
     """Raises ConfigError, naming the option, where `count` pictures, some of them in a grid, exceed the memory.
 
-    All are held twice: as batches and as one array. A grid's are enlarged, and then copied into it.
+    count: those that are held, twice: as batches and as one array, or as two batches under way. A grid's are
+    enlarged, and then copied into it.
     """
     needed = 2 * picture_bytes(count, side) + 2 * picture_bytes(min(in_grid, count), side * enlargement(side))
     room = host_memory()

@@ -28,12 +28,14 @@ from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.guidance import SCHEDULES, autoguidance, classifier_free_guidance
 from dit_jax.diffusion.process import DenoiseFn, Network, Process
 from dit_jax.diffusion.samplers import sample_keys, start_noise
+from dit_jax.generation.decoding import Decoder, load_decoder
+from dit_jax.generation.decoding import load_vae as load_vae
+from dit_jax.generation.decoding import make_decoder as make_decoder
 from dit_jax.generation.room import check_pictures
-from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
 from dit_jax.models.compute import unrolls
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
-from dit_jax.pictures import save_grid, to_uint8
+from dit_jax.pictures import save_grid
 from dit_jax.processes import all_fail_alike
 from dit_jax.samplers.grid import GridName
 from dit_jax.samplers.table import DEFAULT, Choice, plan
@@ -125,16 +127,18 @@ def make_latent_sampler(
     mesh: Mesh,
     counted: bool = False,
     guide: DiT | None = None,
+    gathered: bool = True,
 ) -> Callable[[Any, int, Array | np.ndarray, Any], Any]:
     """A jitted (params, seed, sample indices (B,), condition of B) -> latents (B, H, W, C), replicated.
 
-    counted: (latents, how often the network ran) instead.
+    counted: (latents, how often the network ran) instead. gathered: False leaves the latents split as the batch is.
     guide: a weaker network to be drawn away from; `params` are then a pair, the second one its own.
     The whole sampling loop is one program. B must be a multiple of the mesh's devices on the batch axes.
     """
     process = create_process(config.diffusion)
     choice = options.choice(process)
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
+    given = whole if gathered else split
 
     def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Any:
         keys = sample_keys(jax.random.key(seed), indices)
@@ -145,32 +149,9 @@ def make_latent_sampler(
         return (drawn.x, drawn.evaluations) if counted else drawn.x
 
     return jax.jit(
-        sample, in_shardings=(None, None, split, split), out_shardings=whole,
-        compiler_options=compiler_options(mesh),
+        sample, in_shardings=(None, None, split, split),
+        out_shardings=(given, whole) if counted else given, compiler_options=compiler_options(mesh),
     )  # fmt: skip
-
-
-def make_decoder(
-    vae: AutoencoderKL, vae_params: Any, scaling_factor: float, shift_factor: float
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Scaled latents (B, H, W, C) -> images (B, f H, f W, 3) uint8, the batch split over local devices."""
-    devices = jax.local_devices()
-    mesh = Mesh(np.array(devices), ("batch",))
-    split, whole = NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
-    placed = jax.device_put(vae_params, whole)
-
-    def decode(params: Any, latents: Array) -> Array:
-        z = from_latents(latents, scaling_factor, shift_factor)
-        return vae.apply({"params": params}, z, method="decode")  # type: ignore[return-value]
-
-    jitted = jax.jit(decode, in_shardings=(whole, split), out_shardings=split)
-
-    def to_images(latents: np.ndarray) -> np.ndarray:
-        padding = -len(latents) % len(devices)
-        padded = np.pad(latents, [(0, padding)] + [(0, 0)] * (latents.ndim - 1))
-        return to_uint8(np.asarray(jitted(placed, jax.device_put(padded, split))))[: len(latents)]
-
-    return to_images
 
 
 def generate_images(
@@ -179,7 +160,7 @@ def generate_images(
     config: Config,
     options: SamplingOptions,
     condition: Any,
-    decoder: Callable[[np.ndarray], np.ndarray] | None,
+    decoder: Decoder | None,
     mesh: Mesh,
     seed: int = 0,
     batch_size: int = 128,
@@ -207,7 +188,7 @@ def generate_images(
         for latents, evaluations in latent_batches(sampler, params, seed, condition, batch_size, mesh):
             if lead and decoder is not None and problem is None:
                 try:
-                    images.append(decoder(latents))
+                    images.append(np.asarray(decoder(latents)))
                 except Exception as error:
                     if jax.process_count() == 1:
                         raise
@@ -227,17 +208,11 @@ def latent_batches(
 
     sampler: a counted one of `make_latent_sampler`. Raises FloatingPointError for values that are not finite.
     """
-    split, count = NamedSharding(mesh, batch_axes(mesh)), samples_of(condition)
-
-    def place(numbers: np.ndarray) -> Array:  # jit takes no NumPy array that is split over several processes
-        return jax.make_array_from_callback(numbers.shape, split, numbers.__getitem__)
-
+    count = samples_of(condition)
     for start in range(0, count, batch_size):
-        indices = np.arange(start, start + batch_size, dtype=np.int32)
-        rows, part = np.minimum(indices, count - 1), min(batch_size, count - start)
-        given = jax.tree.map(lambda array, rows=rows: place(array[rows]), condition)
+        part = min(batch_size, count - start)
         try:
-            drawn, evaluations = sampler(params, seed, place(indices), given)
+            drawn, evaluations = sampler(params, seed, *batch_of(condition, start, batch_size, mesh))
             latents = np.asarray(drawn)[:part]
         except jax.errors.JaxRuntimeError:  # too little memory, say
             all_fail_alike()
@@ -245,6 +220,19 @@ def latent_batches(
         if not np.isfinite(latents).all():
             raise FloatingPointError(f"samples {start} to {start + part - 1} hold values that are not finite")
         yield latents, int(evaluations)
+
+
+def batch_of(condition: Condition, start: int, size: int, mesh: Mesh) -> tuple[Array, Condition]:
+    """(numbers, condition) of `size` samples from `start` on, split over a mesh; the last sample's stands for those
+    that there are not."""
+    split = NamedSharding(mesh, batch_axes(mesh))
+
+    def place(values: np.ndarray) -> Array:  # jit takes no NumPy array that is split over several processes
+        return jax.make_array_from_callback(values.shape, split, values.__getitem__)
+
+    numbers = np.arange(start, start + size, dtype=np.int32)
+    rows = np.minimum(numbers, samples_of(condition) - 1)
+    return place(numbers), jax.tree.map(lambda values: place(values[rows]), condition)
 
 
 def samples_of(condition: Condition) -> int:
@@ -287,38 +275,6 @@ def check_sampling(
         raise ConfigError(
             f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"
         )
-
-
-@functools.lru_cache(maxsize=2)
-def load_decoder(
-    metadata: LatentMetadata, vae: str | os.PathLike[str] | None = None
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The decoder of a dataset's latents; `vae` says where its autoencoder lies now, if it has moved.
-
-    Raises ConfigError for an autoencoder that cannot be read, or that has other weights than the one the dataset was
-    encoded by.
-    """
-    return make_decoder(*load_vae(metadata, vae), metadata.scaling_factor, metadata.shift_factor)
-
-
-def load_vae(
-    metadata: LatentMetadata, vae: str | os.PathLike[str] | None = None
-) -> tuple[AutoencoderKL, Any]:
-    """The autoencoder and its parameters; arguments and errors as of `load_decoder`."""
-    from dit_jax.interop.diffusers import load_autoencoder_kl, weights_hash
-
-    place = vae or metadata.vae
-    try:
-        found = weights_hash(place)
-        model, params = load_autoencoder_kl(place)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the dataset's autoencoder cannot be read: {error}") from None
-    if metadata.vae_hash and found != metadata.vae_hash:
-        raise ConfigError(
-            f"the autoencoder {place} has weights {found[:12]}; the latents were encoded by {metadata.vae} "
-            f"with weights {metadata.vae_hash[:12]}"
-        )
-    return model, params
 
 
 def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 # Folded into a sample's key for its start noise; step s folds in s, which never gets there.
 _START = np.uint32(0xFFFF_FFFF)
+_CHOICE = np.uint32(0xFFFF_FFFE)  # and for what it is of
 
 
 def sample_keys(key: jax.Array, indices: jax.Array | Sequence[int] | np.ndarray) -> jax.Array:
@@ -29,6 +30,15 @@ def sample_keys(key: jax.Array, indices: jax.Array | Sequence[int] | np.ndarray)
 def start_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The standard normal start (B, *shape), float32, independent of the noise of every step."""
     return _normal(_typed(keys), _START, shape)
+
+
+def choices(keys: jax.Array, among: int) -> jax.Array:
+    """A number (B,) from 0 to among - 1 for each sample, independent of its noise: one of so many labels, say."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.randint(jax.random.fold_in(key, _CHOICE), (), 0, among)
+
+    return jax.vmap(draw)(_typed(keys))
 
 
 def step_noise_at(keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:

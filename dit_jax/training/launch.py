@@ -13,6 +13,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -33,21 +34,33 @@ class TrainingDivergedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class LaunchOptions:
-    """What differs between the processes of one run, and so is no part of its config."""
+class JoinOptions:
+    """How a process finds the others."""
 
     coordinator: str
     num_processes: int | None
     process_index: int | None
     distributed: bool
+
+
+@dataclass(frozen=True)
+class LaunchOptions(JoinOptions):
+    """What differs between the processes of one run, and so is no part of its config."""
+
     dry_run: bool
     compile_for: str
 
 
-def parse_launch(
-    args: Sequence[str] | None = None, program: str = "train.py"
-) -> tuple[LaunchOptions, list[str], str]:
-    """(launch options, the arguments left for the config, the help of the former)."""
+def parse_join(
+    args: Sequence[str] | None = None, program: str = "sample.py"
+) -> tuple[JoinOptions, list[str], str]:
+    """(how the others are found, the arguments left, the help of the former)."""
+    parser, _ = _join_parser(program)
+    known, rest = parser.parse_known_args(args)
+    return JoinOptions(**vars(known)), rest, parser.format_help()
+
+
+def _join_parser(program: str) -> tuple[argparse.ArgumentParser, Any]:
     parser = argparse.ArgumentParser(
         prog=program, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
     )
@@ -59,6 +72,14 @@ def parse_launch(
         "--distributed", action="store_true",
         help="find the other processes through TPU metadata (Slurm, Open MPI and GKE are found without it)",
     )  # fmt: skip
+    return parser, group
+
+
+def parse_launch(
+    args: Sequence[str] | None = None, program: str = "train.py"
+) -> tuple[LaunchOptions, list[str], str]:
+    """(launch options, the arguments left for the config, the help of the former)."""
+    parser, group = _join_parser(program)
     group.add_argument(
         "--dry-run", action="store_true",
         help="print mesh, memory, steps per epoch, checkpoint size and time to the last step; train nothing",
@@ -75,7 +96,7 @@ def parse_launch(
     return LaunchOptions(**vars(known)), rest, parser.format_help()
 
 
-def initialize(options: LaunchOptions) -> None:
+def initialize(options: JoinOptions) -> None:
     """Join the other processes of the run, if there are any; must come before any use of a device.
 
     Raises ConfigError for flags that are incomplete.

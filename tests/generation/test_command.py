@@ -49,7 +49,19 @@ def test_a_good_request_is_stopped_by_the_missing_weights_alone(workdir):
     [
         ({"num_samples": 0}, "--num-samples is 0; expected 1 to"),
         ({"num_samples": 10**11}, "--num-samples is 100000000000; expected 1 to 2147483647"),
-        ({"num_samples": 2**31 - 1}, r"--num-samples is 2147483647: pictures of 1\d+\.\d GB, but there are"),
+        (
+            {"num_samples": 2**31 - 1, "grid_count": 2**31 - 1},
+            r"--num-samples is 2147483647: pictures of \d+\.\d GB, but there are",
+        ),
+        (
+            {"num_samples": 2**31 - 1, "npz": "x.npz", "out": "x.png", "grid_count": 2**31 - 1},
+            r"--grid-count is 2147483647: pictures of \d+\.\d GB, but there are",
+        ),
+        (
+            {"num_samples": 2**31 - 1, "npz": "x.npz"},
+            r"--npz is 'x.npz', a file of 13194\.\d GB, but its disk",
+        ),
+        ({"decode_batch": 0}, "--decode-batch is 0; expected 1 to"),
         ({"grid_count": -1}, "--grid-count is -1; expected 1 to"),
         ({"sampler": "rk4"}, "--sampler is 'rk4'; expected one of ddpm, ddim, euler, heun"),
         ({"grid": "cubic"}, "--grid is 'cubic'; expected uniform, respaced, .*, or times such as"),
@@ -74,7 +86,8 @@ def test_a_good_request_is_stopped_by_the_missing_weights_alone(workdir):
         ({"out": "/dev/full/x.png"}, "--out is '/dev/full', where no file can be written"),
     ],
 )
-def test_bad_requests(workdir, options, message):
+def test_bad_requests(workdir, options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     refuse(message, workdir=str(workdir), **options)
 
 

@@ -1,0 +1,138 @@
+"""What has been made of samples until all are there: a folder of whole files, from which a command goes on.
+
+Every file holds arrays of samples START to STOP - 1, and is named by these. Processes share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dit_jax.config import ConfigError
+from dit_jax.config.saved import shown
+from dit_jax.files import whole_file, write_whole
+from dit_jax.processes import on_lead
+
+RECIPE = "recipe.json"
+
+
+def parts_of(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of what is to become the file `path`."""
+    return pathlib.Path(f"{os.fspath(path)}.parts")
+
+
+def held_bytes(folder: pathlib.Path) -> int:
+    """Bytes of the parts that lie there."""
+    return sum(file.stat().st_size for file in folder.glob("*.npz")) if os.path.isdir(folder) else 0
+
+
+class Parts:
+    """The parts of `count` samples that `recipe` decides, a value that JSON can say under each option's name.
+
+    All processes make one, for the same folder. Raises ConfigError, naming `option`, where the folder holds samples
+    of another recipe, or another process is at work in it.
+    """
+
+    def __init__(
+        self, option: str, folder: pathlib.Path, recipe: Mapping[str, Any], count: int, anew: bool = False
+    ) -> None:
+        """anew: what the folder held is dropped."""
+        self.folder, self.count = folder, count
+        self._held = contextlib.ExitStack()
+
+        def open_folder() -> list[tuple[int, int]]:
+            if anew:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as held:
+                self._lock(option, held)
+                self._check(option, json.loads(json.dumps(recipe)))
+                self._held = held.pop_all()
+            return self._missing()
+
+        self.missing = [(start, stop) for start, stop in on_lead(open_folder)]
+        """(start, stop) of the runs of samples that are not there yet, in order, as the folder was found."""
+
+    def put(self, start: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep arrays (b, ...) of samples start to start + b - 1."""
+        stop = start + len(next(iter(arrays.values())))
+        with whole_file(self.folder / f"{start:010d}-{stop:010d}.npz") as beside, beside.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    def read(self, first: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The arrays of one part after the other, in the order of samples: of all, or of the first ones."""
+        at, end = 0, self.count if first is None else min(first, self.count)
+        for start, stop in self._there():
+            if start >= end:
+                break
+            if start > at:
+                break
+            with np.load(self.folder / f"{start:010d}-{stop:010d}.npz", allow_pickle=False) as found:
+                # Parts overlap where a command went on with batches of another size.
+                yield {name: found[name][at - start : end - start] for name in found.files}
+            at = min(stop, end)
+        if at < end:
+            raise FileNotFoundError(f"{self.folder} has no samples {at} and on; expected {end}")
+
+    def remove(self) -> None:
+        """Take the folder away, by process 0: all of it is in the file that it was for."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _lock(self, option: str, held: contextlib.ExitStack) -> None:
+        file = held.enter_context((self.folder / ".lock").open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # a file system without locks is left alone
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(
+                    f"{option}: another command is filling {self.folder}; expected it to have ended, or another file"
+                ) from None
+
+    def _check(self, option: str, recipe: Mapping[str, Any]) -> None:
+        """Raises ConfigError where samples of another recipe lie here."""
+        file = self.folder / RECIPE
+        if self._there():
+            try:
+                saved = json.loads(file.read_text())
+                other = next((name for name in recipe if saved.get(name) != recipe[name]), None)
+            except (OSError, ValueError, AttributeError):
+                raise ConfigError(
+                    f"{option}: {file} cannot be read; expected it as an earlier command left it, or no such folder"
+                ) from None
+            if other is not None:
+                raise ConfigError(
+                    f"{option}: {self.folder} holds samples with {other} {shown(saved.get(other))}, not "
+                    f"{shown(recipe[other])}; expected the same command, which goes on with them, or no such folder"
+                )
+        else:
+            write_whole(file, json.dumps(recipe, indent=1) + "\n")
+
+    def _there(self) -> list[tuple[int, int]]:
+        """(start, stop) of the parts, in order."""
+        names = (
+            name.removesuffix(".npz").split("-") for name in os.listdir(self.folder) if name[0].isdigit()
+        )
+        return sorted((int(start), int(stop)) for start, stop in names)
+
+    def _missing(self) -> list[tuple[int, int]]:
+        at, missing = 0, []
+        for start, stop in self._there():
+            if start > at:
+                missing.append((at, start))
+            at = max(at, stop)
+        return [*missing, (at, self.count)] if at < self.count else missing

@@ -1,0 +1,46 @@
+"""A run that can be sampled, made without training: random weights of a tiny network, the digits' autoencoder."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dit_jax.config import Config, DiffusionConfig, ModelConfig, resolve, to_json
+from dit_jax.data.metadata import LatentMetadata
+from dit_jax.interop.diffusers import weights_hash
+from dit_jax.models.create import build_model, init_params
+from dit_jax.runs.weights import save_weights
+
+TINY = resolve(
+    Config(
+        model=ModelConfig("DiT-S/2", depth=2, hidden_size=32, num_heads=2, input_size=(8, 8), num_classes=10),
+        diffusion=DiffusionConfig(num_timesteps=100, prediction="x0"),  # keeps an untrained network in range
+    )
+)
+METADATA = LatentMetadata(
+    source="digits", source_hash="", source_count=4, vae="digits", vae_hash="", vae_backend="flax",
+    precision="float32", scaling_factor=1.0, shift_factor=0.0, latent_shape=(8, 8, 4), image_size=32, crop="",
+    mirrors=False, dtype="float16", num_classes=10, label_names=(), shard_size=4, batch_size=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """Folder of a run of 2 layers on the digits' latents, with checkpoints of steps 3 and 5."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(TINY))
+    metadata = dataclasses.replace(METADATA, vae_hash=weights_hash("digits"))
+    (folder / "dataset.json").write_text(metadata.to_json())
+    model = build_model(TINY)
+    like = jax.eval_shape(lambda key: init_params(model, TINY, key), jax.random.key(0))
+    for step in (3, 5):
+        rng = np.random.default_rng(step)
+        leaves, tree = jax.tree.flatten(like)
+        params = tree.unflatten(
+            [jnp.asarray(0.1 * rng.normal(size=leaf.shape), leaf.dtype) for leaf in leaves]
+        )
+        save_weights(folder / "checkpoints", step, params)
+    return folder

@@ -1,4 +1,4 @@
-"""Measure generated digits: python evaluate.py --npz runs/digits/samples.npz"""
+"""Measure samples: python evaluate.py --npz samples.npz --reference VIRTUAL_imagenet256_labeled.npz"""
 
 import sys
 

@@ -46,7 +46,7 @@ COMMANDS = {
     "prepare": Command(
         "encode images into a latent dataset, or inspect one", "interrupted; the same command goes on"
     ),
-    "evaluate": Command("measure generated digits"),
+    "evaluate": Command("measure samples against a reference, or a network's likelihood"),
     "convert": Command("turn weights of one format into another"),
 }
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.conditions import Field, LabelCondition
+from dit_jax.conditions import Field, LabelCondition, label_numbers
 from dit_jax.config import ConfigError
 from dit_jax.data.metadata import parse, serialize
 from dit_jax.diffusion.guidance import classifier_free_guidance
 from dit_jax.generation.sampling import samples_of
+from dit_jax.interop.imagenet import class_names
 from dit_jax.models.create import build_model, init_params
 
 KIND = LabelCondition(4, 0.25)
@@ -92,3 +93,18 @@ def test_a_record_holds_every_field():
     name, condition, data = parse(serialize("a", {"label": 7, "tokens": tokens}, moments), fields)
     assert (name, condition["label"], data) == (b"a", 7, moments.tobytes())
     np.testing.assert_array_equal(condition["tokens"], tokens)
+
+
+def test_imagenets_names_and_their_synonyms():
+    names = class_names()
+    assert len(names) == 1000
+    for label, number in {
+        "tench": 0, "Tinca tinca": 0, "tench, Tinca tinca": 0, "golden retriever": 207, "white shark": 2,
+        "umbrella": 879, "maillot, tank suit": 639, "toilet tissue": 999, "number:134": 134, "517": 517,
+    }.items():  # fmt: skip
+        assert label_numbers([label], names, 1000).tolist() == [number], label
+    for label, numbers in {"crane": (134, 517), "maillot": (638, 639)}.items():
+        with pytest.raises(ConfigError, match=rf"'{label}', which may be class {numbers[0]} or {numbers[1]}"):
+            label_numbers([label], names, 1000)
+    with pytest.raises(ConfigError, match=r"'dog'; expected a class number or one of: tench, Tinca tinca, "):
+        label_numbers(["dog"], names, 1000)

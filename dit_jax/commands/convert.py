@@ -36,6 +36,8 @@ class ConvertArgs:
     """A recipe of published weights whose sizes are in no table."""
     vae: str | None = None
     """Where the autoencoder lies, if not where IN says: a diffusers folder or hub id."""
+    scaling_factor: float | None = None
+    """Of an autoencoder's file: what brings its latents to unit variance (default: as it says, or 0.18215)."""
 
 
 def main(program: str, args: Sequence[str]) -> int:
@@ -49,7 +51,7 @@ def main(program: str, args: Sequence[str]) -> int:
         config = resolve(load(options.config)) if options.config else None
         reading = Reading(options.weights, options.process, config, options.vae, options.step)
         with signals.interruptible():
-            print(convert(options.source, options.out, options.to, reading))
+            print(convert(options.source, options.out, options.to, reading, options.scaling_factor))
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return EXIT_BAD_OPTION

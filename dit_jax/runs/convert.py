@@ -17,6 +17,7 @@ from dit_jax.files import check_folder, whole_folder, write_whole
 from dit_jax.interop import keymap
 from dit_jax.interop.diffusers import weights_hash
 from dit_jax.interop.formats import WRITERS, Kind, is_run, read_weights
+from dit_jax.interop.ldm import convert_autoencoder, open_autoencoder
 from dit_jax.interop.weights import Latents, Reading, Weights, name_of, shapes_of
 from dit_jax.runs.checkpoint import say
 from dit_jax.runs.weights import load_weights, save_weights
@@ -26,17 +27,29 @@ CONVENTIONS = {"pt": "published", "diffusers": "diffusers"}
 """Whose constants the programs that read a format compute with (`config.model.convention`)."""
 
 
-def convert(source: str, out: str, to: Kind | None, reading: Reading) -> str:
+def convert(
+    source: str, out: str, to: Kind | None, reading: Reading, scaling_factor: float | None = None
+) -> str:
     """Read weights from one place and write them to another; what was done, in one line.
 
     to: the format of `out`, None for the one that its name, or else the source, tells: a .pt file; of a run our
-    folder for the Hub; of anything else a run. Raises ConfigError before anything is written.
+    folder for the Hub; of anything else a run. The autoencoder of latent diffusion becomes a diffusers folder, with
+    its own scaling factor where it has one. Raises ConfigError before anything is written.
     """
     target = pathlib.Path(os.path.expanduser(out))
     if os.path.lexists(target):
         raise ConfigError(f"OUT is {out}, which exists; expected a new name")
     if not target.name:
         raise ConfigError(f"OUT is {out!r}, which names no file or folder; expected one")
+    if (autoencoder := open_autoencoder(pathlib.Path(source).expanduser())) is not None:
+        if to not in (None, "diffusers"):
+            raise ConfigError(f"--to is {to}, but {source} is an autoencoder; expected diffusers")
+        check_folder("OUT", target.parent)
+        with whole_folder(target) as beside:
+            vae = convert_autoencoder(pathlib.Path(source).expanduser(), autoencoder, beside, scaling_factor)
+        return f"{out} (diffusers): an autoencoder of {vae.latent_channels} channels, scaling {vae.scaling_factor:g}"
+    if scaling_factor is not None:
+        raise ConfigError(f"--scaling-factor is {scaling_factor}; expected only with an autoencoder's file")
     kind = to or ("pt" if target.suffix in (".pt", ".pth") else "folder" if is_run(source) else "run")
     weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN")
     check_folder("OUT", target.parent)

@@ -159,6 +159,11 @@ def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ())
         + (f", {len(rows)} of {len(ours[table])} rows of the label table among them" if table in ours else "")
     )
     _warn_of_another_process(config, their_config)
+    if config.model.convention != their_config.model.convention:
+        say(
+            f"warning: those weights are computed with --model.convention {their_config.model.convention}, this run "
+            f"with {config.model.convention}"
+        )
 
     def choose(path: Any, mine: jax.Array) -> jax.Array:
         name = _name(path)

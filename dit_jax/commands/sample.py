@@ -45,6 +45,8 @@ def _compile_for(program: str, args: command.SampleArgs, topology: str) -> int:
     from dit_jax.planning.report import print_report
 
     options = command.sampling_options(args)
+    if args.source is not None:
+        raise ConfigError(f"--from is {args.source} with --compile-for; expected --config or --workdir")
     config = resolve(load(args.config)) if args.config else command.load_run(args.workdir).config
     model = build_model(config)
     check_sampling(model, config, options, model.condition.in_turn(1))

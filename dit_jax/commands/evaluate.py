@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,15 +51,51 @@ class EvaluateArgs:
 
 
 def main(program: str, args: Sequence[str]) -> int:
-    """Print metrics of samples against a reference; the referee's agreement and the Frechet distance of digits beside
-    those of real ones; or bits per dimension."""
-    description = f"Measure samples: {program} --npz samples.npz --reference VIRTUAL_imagenet256_labeled.npz"
+    """Print metrics of samples against a reference, drawn for it out of a run or read from a file; the referee's
+    agreement and the Frechet distance of digits beside those of real ones; or bits per dimension."""
+    if _draws(args):
+        return _score(program, args)
+    description = (
+        f"Measure samples: {program} --npz samples.npz --reference VIRTUAL_imagenet256_labeled.npz\n\n"
+        f"{program} --workdir RUN draws the samples itself: see {program} --workdir RUN --help."
+    )
     options = tyro.cli(EvaluateArgs, args=args, prog=program, description=description)
     try:
         print(_measured(options))
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return EXIT_BAD_OPTION
+    return 0
+
+
+def _draws(args: Sequence[str]) -> bool:
+    """Whether samples are to be drawn out of a run: it is named, and no file of samples."""
+    named = {arg.partition("=")[0] for arg in args}
+    return "--workdir" in named and not named & {"--npz", "--likelihood"}
+
+
+def _score(program: str, args: Sequence[str]) -> int:
+    """Draw samples and print their metrics. When one process of several fails, all end with its code."""
+    from dit_jax import processes
+    from dit_jax.compiler import keep_compiled_programs
+    from dit_jax.generation import scoring
+    from dit_jax.training import launch
+
+    keep_compiled_programs()
+    try:
+        join, rest, join_help = launch.parse_join(args, program)
+        description = f"Measure a run: {program} --workdir runs/digits --num-samples 50000\n\n{join_help}"
+        options = tyro.cli(scoring.ScoreArgs, args=rest, prog=program, description=description)
+        launch.initialize(join)
+        for found in scoring.main(options):
+            scale = (found.provenance.guidance or {}).get("scale")
+            print(f"guidance {scale}: {found.table()}" if len(options.cfg_scale) > 1 else found.table())
+    except ConfigError as error:
+        return processes.end(EXIT_BAD_OPTION, f"{program}: {error}")
+    except FloatingPointError as error:
+        return processes.end(launch.EXIT_FAILED, f"{program}: {error}")
+    except Exception:
+        return processes.end(launch.EXIT_FAILED, traceback.format_exc())
     return 0
 
 

@@ -83,6 +83,11 @@ class Parts:
         if at < end:
             raise FileNotFoundError(f"{self.folder} has no samples {at} and on; expected {end}")
 
+    def clear(self) -> None:
+        """Take the parts away, by process 0: a result that was made of them stands in their place."""
+        for file in self.folder.glob("*.npz"):
+            file.unlink()
+
     def remove(self) -> None:
         """Take the folder away, by process 0: all of it is in the file that it was for."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -106,7 +111,7 @@ class Parts:
     def _check(self, option: str, recipe: Mapping[str, Any]) -> None:
         """Raises ConfigError where samples of another recipe lie here."""
         file = self.folder / RECIPE
-        if self._there():
+        if any(not name.startswith(".") and name != RECIPE for name in os.listdir(self.folder)):
             try:
                 saved = json.loads(file.read_text())
                 other = next((name for name in recipe if saved.get(name) != recipe[name]), None)

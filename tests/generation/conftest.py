@@ -20,7 +20,7 @@ TINY = resolve(
     )
 )
 METADATA = LatentMetadata(
-    source="digits", source_hash="", source_count=4, vae="digits", vae_hash="", vae_backend="flax",
+    source="digits/train", source_hash="", source_count=4, vae="digits", vae_hash="", vae_backend="flax",
     precision="float32", scaling_factor=1.0, shift_factor=0.0, latent_shape=(8, 8, 4), image_size=32, crop="",
     mirrors=False, dtype="float16", num_classes=10, label_names=(), shard_size=4, batch_size=4,
 )  # fmt: skip

@@ -1,0 +1,222 @@
+"""What evaluate.py --workdir does: samples of a run drawn into features, and measured against a reference.
+
+Pictures are never gathered: every process makes features of its own, and keeps those. Letters: N samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from dit_jax.conditions import Condition
+from dit_jax.config import ConfigError
+from dit_jax.evaluation.features import FeatureExtractor, Features
+from dit_jax.evaluation.metrics import FILE as FILE
+from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
+from dit_jax.evaluation.references import Reference, load_reference
+from dit_jax.evaluation.report import FeatureName, choose_extractor, compares_with_digits
+from dit_jax.evaluation.samples import Provenance
+from dit_jax.files import check_file, check_folder, write_whole
+from dit_jax.generation.command import (
+    Run,
+    conditions,
+    load_guide,
+    load_run,
+    networks,
+    provenance,
+    recipe,
+)
+from dit_jax.generation.curve import check_plot, plot_guidance
+from dit_jax.generation.decoding import load_decoder
+from dit_jax.generation.options import DrawArgs, check_range, drawing
+from dit_jax.generation.parts import Parts
+from dit_jax.generation.room import check_batch
+from dit_jax.generation.sampling import check_sampling, device_mesh, sampling_model
+from dit_jax.generation.stream import Source, draw, on_own_devices
+from dit_jax.processes import agree, on_lead
+
+FOLDER = "evaluations.parts"  # in a run's folder
+_OF_THE_METRICS = {"reference", "split", "inception", "plot"}
+"""Options that do not change the features of the samples."""
+
+
+@dataclass(frozen=True)
+class ScoreArgs(DrawArgs):
+    """Draw samples of a run and measure them against a reference; nothing but their features is kept."""
+
+    workdir: str = "runs/digits"
+    """Folder of the run. Results go to its evaluations.jsonl; a command that was killed goes on when given again."""
+    num_samples: int = 50_000
+    """Samples."""
+    cfg_scale: list[float] = field(default_factory=lambda: [1.5])
+    """Guidance scale, 1 for none; several are measured one after the other and drawn as a curve."""
+    reference: str | None = None
+    """What samples are compared with: as of --npz (default: the digits, of a run on them)."""
+    split: str = "train"
+    """Split of a reference that is a TFDS dataset or the digits."""
+    features: Literal["inception", "digits"] | None = None
+    """Features to compare (default: inception where its weights are named, else digits where the reference is)."""
+    inception: str | None = None
+    """File of the Inception weights, pt_inception-2015-12-05-6726825d.pth or the same as .safetensors (default:
+    $DIT_JAX_INCEPTION)."""
+    convention: Literal["adm", "pytorch-fid"] = "adm"
+    """How pictures are resized for it: as the ADM evaluator and torch-fidelity do, or as pytorch-fid does."""
+    plot: str | None = None
+    """With several scales: PNG file for the curve (default: WORKDIR/guidance.png)."""
+
+
+@dataclass(frozen=True)
+class Ruler:
+    """What samples are measured by: features, and in process 0 the reference in the same ones."""
+
+    extractor: FeatureExtractor
+    reference: Reference | None
+
+
+def open_ruler(
+    option: str,
+    reference: str | None,
+    run: Run,
+    split: str = "train",
+    features: FeatureName | None = None,
+    inception: str | None = None,
+    convention: Literal["adm", "pytorch-fid"] = "adm",
+) -> Ruler:
+    """The ruler for samples of a run; all processes call this. None: a run on the digits is compared with these.
+
+    Raises ConfigError, naming `option`, where there is no reference, and for weights and pictures that do not fit.
+    """
+    if not reference:
+        if not run.metadata.source.startswith("digits"):
+            raise ConfigError(
+                f"{option} is missing and the run's data are {run.metadata.source}; expected what samples are "
+                "compared with: an .npz of statistics or pictures, or a folder of pictures"
+            )
+        reference = "digits"
+    side, name = run.metadata.image_size, reference
+    extractor = choose_extractor(features, inception, convention, compares_with_digits(reference))
+    extractor.check(f"the run in {run.workdir}", (0, side, side, 3))
+    found: list[Reference] = []
+    on_lead(lambda: found.append(load_reference(name, extractor, side, split)))
+    return Ruler(extractor, found[0] if found else None)
+
+
+def features_of_parts(parts: Parts) -> Features:
+    """Features of all samples, in their order: the same however they came to the parts."""
+    found, at = Features(), 0
+    for part in parts.read():
+        count = len(next(iter(part.values())))
+        found.add(np.arange(at, at + count), part)
+        at += count
+    return found
+
+
+def main(args: ScoreArgs) -> list[Evaluation]:
+    """The results, one for each scale; none in processes other than 0."""
+    check_range("--num-samples", args.num_samples)
+    run = load_run(args.workdir)
+    model = sampling_model(run.config)
+    named = model.condition.parse(args.labels, run.metadata.label_names)
+    guide = None if args.guide_workdir is None else load_guide(args.guide_workdir, run)
+    every = [drawing(args, scale) for scale in _scales(args.cfg_scale)]
+    for options in every:
+        check_sampling(model, run.config, options, named, by_another=guide is not None)
+        check_batch(
+            run.config, min(args.batch_size, args.num_samples), options.cfg_scale != 1, jax.device_count()
+        )
+    plot = args.plot or str(run.workdir / "guidance.png")
+    on_lead(lambda: _check_outputs(args, plot, run.workdir))
+    ruler = open_ruler(
+        "--reference", args.reference, run, args.split, args.features, args.inception, args.convention
+    )
+
+    mesh = device_mesh()
+    params, guide_model, steps = networks(args, run, guide, mesh)
+    condition = conditions(named, args, args.num_samples)
+    decoder = load_decoder(run.metadata, args.vae, args.decode_batch)
+    results = []
+    for options in every:
+        source = Source(
+            model,
+            params,
+            run.config,
+            options,
+            condition,
+            decoder,
+            mesh,
+            args.seed,
+            args.batch_size,
+            guide_model,
+        )
+        decides = _recipe(args, run, steps, options.cfg_scale, ruler.extractor)
+        came_from = provenance(args, run, options, steps["step"])
+        results += _measure(run, on_own_devices(source), decides, ruler, came_from)
+    if jax.process_index() == 0:
+        if len(results) > 1:
+            plot_guidance(plot, [options.cfg_scale for options in every], results)
+        shutil.rmtree(run.workdir / FOLDER, ignore_errors=True)
+    return results
+
+
+def _scales(given: Sequence[float]) -> list[float]:
+    if not given or len(set(given)) < len(given):
+        raise ConfigError(
+            f"--cfg-scale is {' '.join(map(str, given)) or 'empty'}; expected numbers, each once"
+        )
+    return sorted(given)
+
+
+def _check_outputs(args: ScoreArgs, plot: str, workdir: pathlib.Path) -> None:
+    check_folder("--workdir", workdir)
+    if len(args.cfg_scale) > 1:
+        check_plot()
+        check_file("--plot", plot, 0)
+    elif args.plot is not None:
+        raise ConfigError(f"--plot is {args.plot} with one --cfg-scale; expected several, for a curve")
+
+
+def _recipe(
+    args: ScoreArgs, run: Run, steps: dict[str, Any], scale: float, extractor: FeatureExtractor
+) -> dict[str, Any]:
+    """All that decides the features of the samples of one scale."""
+    found = recipe(args, run, steps) | {"cfg_scale": scale, "weights_hash": extractor.weights_hash}
+    found |= {"features": extractor.name, "convention": extractor.convention}
+    return {name: value for name, value in found.items() if name not in _OF_THE_METRICS}
+
+
+def _measure(
+    run: Run, source: Source, decides: Mapping[str, Any], ruler: Ruler, came_from: Provenance
+) -> list[Evaluation]:
+    """The result of one scale, in process 0; one that is there already is taken as it is."""
+    folder = run.workdir / FOLDER / f"{source.options.cfg_scale:g}"
+    result = folder / f"{on_lead(lambda: ruler.reference and ruler.reference.hash)}.json"
+    with Parts("--workdir", folder, decides, len(_labels(source.condition))) as parts:
+        if not on_lead(result.is_file):
+            draw(source, parts, ruler.extractor, progress=True)
+            agree()
+        if ruler.reference is None:
+            return []
+        if result.is_file():
+            return [_read(json.loads(result.read_text()))]
+        labels = _labels(source.condition)
+        found = evaluate(features_of_parts(parts), ruler.reference, ruler.extractor, labels, came_from)
+        append_evaluation(run.workdir, found)
+        write_whole(result, json.dumps(dataclasses.asdict(found)))
+        parts.clear()
+        return [found]
+
+
+def _read(values: dict[str, Any]) -> Evaluation:
+    return Evaluation(**values | {"provenance": Provenance(**values["provenance"])})
+
+
+def _labels(condition: Condition) -> np.ndarray:
+    return np.asarray(condition["label"])

@@ -102,6 +102,11 @@ class Run:
     weights: Weights | None = None
     """Other people's, where the folder is not that of a run."""
 
+    @property
+    def place(self) -> str:
+        """What its weights are called in what is written of them."""
+        return str(self.workdir) if self.weights is None else self.weights.source
+
 
 def load_run(workdir: str | os.PathLike[str], option: str = "--workdir") -> Run:
     """The config and the dataset's metadata of a folder that `option` names; ConfigError where it is no run's."""
@@ -225,7 +230,7 @@ def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int) ->
     }  # fmt: skip
     sampler = options.choice(create_process(run.config.diffusion)).sampler
     return Provenance(
-        str(run.workdir),
+        run.place,
         step,
         args.weights,
         sampler,
@@ -243,6 +248,8 @@ def recipe(args: DrawArgs, run: Run, steps: dict[str, Any]) -> dict[str, Any]:
         folders["guide_workdir"] = str(pathlib.Path(args.guide_workdir).resolve())
     checksums = run.workdir / "checkpoints" / str(steps["step"]) / CHECKSUMS
     of_files = hashlib.sha256(checksums.read_bytes()).hexdigest()[:12] if checksums.is_file() else None
+    if run.weights is not None:
+        of_files = run.weights.digest()[:12]
     decides = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DECIDING}
     return decides | folders | steps | {
         "checkpoint": of_files, "autoencoder": run.metadata.vae_hash[:12], "dtype": run.config.compute.dtype

@@ -90,7 +90,10 @@ def write_pickled(file: str | os.PathLike[str], tensors: Tensors) -> None:
     """Write a bare state dict as `torch.save` does, which is never half there."""
     torch = _torch(file)
     with whole_file(file) as beside:
-        torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}, beside)
+        try:
+            torch.save({name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}, beside)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(_short(error)) from None
 
 
 def _unpickled(path: pathlib.Path) -> Any:

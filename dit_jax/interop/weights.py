@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from dit_jax.config import DIT_SIZES, Config, ConfigError, ModelConfig, ProcessConfig, resolve
 from dit_jax.interop.diffusers import autoencoder_config
@@ -48,6 +50,13 @@ class Weights:
     label_names: tuple[str, ...] = ()
     step: int = 0
     dataset: Mapping[str, Any] | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the parameters and of what they are parameters of."""
+        sha = hashlib.sha256(repr((self.config.model, self.config.diffusion)).encode())
+        for leaf in jax.tree.leaves(self.params):
+            sha.update(np.ascontiguousarray(leaf).data)
+        return sha.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -44,27 +46,38 @@ def convert(
     if (autoencoder := open_autoencoder(pathlib.Path(source).expanduser())) is not None:
         if to not in (None, "diffusers"):
             raise ConfigError(f"--to is {to}, but {source} is an autoencoder; expected diffusers")
-        check_folder("OUT", target.parent)
-        with whole_folder(target) as beside:
+        with _written(out, target), whole_folder(target) as beside:
             vae = convert_autoencoder(pathlib.Path(source).expanduser(), autoencoder, beside, scaling_factor)
         return f"{out} (diffusers): an autoencoder of {vae.latent_channels} channels, scaling {vae.scaling_factor:g}"
     if scaling_factor is not None:
         raise ConfigError(f"--scaling-factor is {scaling_factor}; expected only with an autoencoder's file")
     kind = to or ("pt" if target.suffix in (".pt", ".pth") else "folder" if is_run(source) else "run")
     weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN")
-    check_folder("OUT", target.parent)
     theirs, ours = CONVENTIONS.get(kind), weights.config.model.convention
     if theirs not in (None, ours):
         say(
             f"warning: what reads {out} computes with the {theirs} constants, these weights are of the {ours} ones "
             "(--model.convention): its pictures differ slightly from those of sample.py"
         )
-    if kind == "pt":
-        WRITERS[kind](target, weights)
-    else:
-        with whole_folder(target) as beside:
-            (write_run if kind == "run" else WRITERS[kind])(beside, weights)
+    with _written(out, target):
+        if kind == "pt":
+            WRITERS[kind](target, weights)
+        else:
+            with whole_folder(target) as beside:
+                (write_run if kind == "run" else WRITERS[kind])(beside, weights)
     return f"{out} ({kind}): {described(weights)}"
+
+
+@contextlib.contextmanager
+def _written(out: str, target: pathlib.Path) -> Iterator[None]:
+    """Where writing fails, a ConfigError that names OUT."""
+    check_folder("OUT", target.parent)
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"OUT is {out[:400]}, which cannot be written ({error.strerror or error}); expected a place with room"
+        ) from None
 
 
 def described(weights: Weights) -> str:

@@ -1,6 +1,7 @@
 """diffusers' DiTPipeline: the whole of it against ours, in both directions, and what is refused of its files."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -18,6 +19,8 @@ from dit_jax.interop.pipeline import read_pipeline, write_pipeline
 from dit_jax.interop.weights import Reading
 from dit_jax.models.autoencoder_kl import from_latents
 from dit_jax.models.create import build_model
+from dit_jax.models.norms import normalize
+from dit_jax.models.parts import DIFFUSERS_SECOND_NORM, LAYER_NORM, Norm
 from dit_jax.runs.convert import metadata_of
 
 # diffusers hands torch tensors to NumPy.
@@ -99,32 +102,52 @@ def test_same_latents_and_pictures(peers, peer_pipeline, weights, monkeypatch, t
     assert pictures.std() > 0.05  # not all black or white
 
 
-def test_the_two_conventions_are_two_networks(peers, peer_pipeline, weights):
+@pytest.fixture
+def difference(peers, peer_pipeline, weights):
+    """(our network, ...) -> the largest difference of its output from diffusers', relative to the largest output."""
     torch, _ = peers
     rng = np.random.default_rng(0)
     x, t = rng.standard_normal((3, 8, 8, 4), np.float32), np.array([0, 500, 999], np.int32)
     y = np.array(LABELS, np.int32)
-    with torch.no_grad():
-        theirs = peer_pipeline.transformer(
-            torch.tensor(np.moveaxis(x, -1, 1)), timestep=torch.tensor(t), class_labels=torch.tensor(y)
-        ).sample
-    expected = np.moveaxis(theirs.numpy(), 1, -1)
 
-    def difference(convention, **compute):
-        model = dataclasses.replace(weights.config.model, convention=convention)
-        network = build_model(dataclasses.replace(weights.config, model=model)).computed(**compute)
+    def largest(network):
+        with torch.no_grad():
+            theirs = peer_pipeline.transformer(
+                torch.tensor(np.moveaxis(x, -1, 1)), timestep=torch.tensor(t), class_labels=torch.tensor(y)
+            ).sample
+        expected = np.moveaxis(theirs.numpy(), 1, -1)
         found = jax.jit(lambda p: network.apply({"params": p}, x, t, y))(weights.params)
         return float(np.abs(np.asarray(found) - expected).max() / np.abs(expected).max())
 
-    assert difference("diffusers") < 1e-5
-    assert difference("diffusers", norm_kernel="pallas") < 1e-5
-    assert difference("published") > 0.01
+    return largest
+
+
+def test_the_two_conventions_are_two_networks(weights, difference):
+    published = dataclasses.replace(weights.config.model, convention="published")
+    network = build_model(weights.config)
+    assert difference(network) < 1e-5
+    assert difference(network.computed(norm_kernel="pallas")) < 1e-5
+    assert difference(build_model(dataclasses.replace(weights.config, model=published))) > 0.01
+
+
+def test_the_second_norm_is_the_one_that_differs(peer_pipeline, weights, difference, monkeypatch):
+    """1e-5 or 1e-6 hardly shows in an output: with 1.0 on both sides it does."""
+    network = build_model(weights.config)
+    assert network.parts.second_norm is DIFFUSERS_SECOND_NORM
+    for block in peer_pipeline.transformer.transformer_blocks:
+        assert (block.norm1.norm.eps, block.norm3.eps, peer_pipeline.transformer.norm_out.eps) == (
+            1e-6,
+            1e-5,
+            1e-6,
+        )
+        monkeypatch.setattr(block.norm3, "eps", 1.0)
+    other = Norm(functools.partial(normalize, epsilon=1.0), LAYER_NORM.affine)
+    assert difference(network) > 1e-3
+    assert difference(network.clone(parts=dataclasses.replace(network.parts, second_norm=other))) < 1e-5
 
 
 def test_the_second_norms_epsilon_is_the_conventions(weights):
     """Where tokens are nearly constant, epsilon is what the norm divides by."""
-    from dit_jax.models.parts import DIFFUSERS_SECOND_NORM, LAYER_NORM
-
     x = 1e-3 * jnp.array([[[1.0, -1.0, 1.0, -1.0]]])
     zero = jnp.zeros((1, 4))
     for norm, epsilon in ((LAYER_NORM, 1e-6), (DIFFUSERS_SECOND_NORM, 1e-5)):

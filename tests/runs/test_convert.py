@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from dit_jax.commands import convert as command
+from dit_jax.commands import sample
 from dit_jax.config import ConfigError, FlowMatchingConfig, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
-from dit_jax.generation.command import SampleArgs, main
+from dit_jax.generation.command import SampleArgs, load_source, main, recipe
 from dit_jax.interop import keymap
 from dit_jax.interop.formats import read_weights
 from dit_jax.interop.imagenet import class_names
@@ -244,6 +245,18 @@ def test_sampling_from_every_format_is_sampling_a_run(peers, run, config, tmp_pa
         np.testing.assert_array_equal(pictures(tmp_path, **options)[0], expected)
 
 
+def test_a_killed_command_goes_on_with_the_same_weights_alone(run, tmp_path):
+    convert(str(run), str(tmp_path / "hub"), None, Reading())
+    args = SampleArgs(source=str(tmp_path / "hub"), npz=str(tmp_path / "s.npz"))
+    before = load_source(args)
+    assert before.place == "run"
+    changed = jax.tree.map(lambda leaf: leaf + 1, before.weights.params)
+    after = dataclasses.replace(before, weights=dataclasses.replace(before.weights, params=changed))
+    steps = {"step": 12, "guide_step": None}
+    assert recipe(args, before, steps) == recipe(args, load_source(args), steps)
+    assert recipe(args, before, steps) != recipe(args, after, steps)
+
+
 def test_a_pipeline_samples_with_its_own_constants(pipeline_folder, tmp_path):
     convert(str(pipeline_folder), str(tmp_path / "run"), None, Reading())
     labels = ["other 207", "name 3"]
@@ -316,7 +329,7 @@ def test_nothing_is_half_written(run, tmp_path, monkeypatch):
     for to, name in (("folder", "write_safetensors"), ("diffusers", "write_safetensors")):
         module = "bundle" if to == "folder" else "pipeline"
         monkeypatch.setattr(f"dit_jax.interop.{module}.{name}", full)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(ConfigError, match=r"OUT is .*/out, which cannot be written \(no space left\)"):
             convert(str(run), str(tmp_path / "out"), to, Reading())
         assert list(tmp_path.iterdir()) == []
 
@@ -340,10 +353,13 @@ def test_the_command_says_what_is_wrong_in_one_line(run, tmp_path, capsys, monke
     assert "where no file can be written" in said(2, run, "/dev/full/x")
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "checkpoints").mkdir()
+    assert "cannot be written (File name too long)" in said(2, run, tmp_path / ("x" * 300))
     assert "has no config.json; expected the folder of a trained run" in said(2, tmp_path / "cut", out)
     (tmp_path / "text.txt").write_text("x")
     assert "expected a file that ends with .pt, " in said(2, tmp_path / "text.txt", out)
     assert not os.path.lexists(out)
+    assert sample.main("sample.py", ["--from", "x", "--compile-for", "v5e:2x2"]) == 2
+    assert "--from is x with --compile-for; expected" in capsys.readouterr().err
     assert said(0, run, out).startswith(f"{out} (folder): ")
 
 
@@ -401,3 +417,12 @@ def test_the_hub_gives_only_the_files_that_are_needed(pipeline_folder, tmp_path,
         found.latents == Latents("facebook/DiT-XL-2-256", 16, 0.7)
         and found.label_names[1] == "name 1, other 1"
     )
+
+
+def test_a_full_disk_leaves_nothing(peers, run, small_disk):
+    disk = small_disk(1)
+    (disk / "taken").write_bytes(bytes(900_000))
+    for name in ("x.pt", "hub"):
+        with pytest.raises(ConfigError, match="which cannot be written"):
+            convert(str(run), str(disk / name), None, Reading())
+        assert [path.name for path in disk.iterdir()] == ["taken"]

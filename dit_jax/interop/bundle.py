@@ -95,7 +95,9 @@ def _readme(weights: Weights) -> str:
         dataclasses.asdict(resolve(Config(diffusion=type(d)()))),
     )
     options = [
-        f"--{group}.{name}".replace("_", "-") + f" {value}"
+        " ".join(
+            [f"--{group}.{name}".replace("_", "-"), *map(str, value if type(value) is tuple else [value])]
+        )
         for group in ("model", "diffusion", "optim")
         for name, value in given[group].items()
         if value != plain[group][name]

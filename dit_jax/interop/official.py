@@ -101,6 +101,10 @@ def read_published(file: str | os.PathLike[str], reading: Reading) -> Weights:
     Sizes are those of the tensors, heads those of the table of sizes. Raises ConfigError, naming the file, where it
     is cut, holds something else, or sizes alone do not tell the network.
     """
+    if reading.config is not None and reading.process is not None:
+        raise ConfigError(
+            f"--process is {reading.process} with --config, which has a process; expected one of them"
+        )
     found = read_tensor_file(file)
     name = {"ema": "ema", "params": "model", None: "ema"}[reading.which] if "" not in found.sets else ""
     if name not in found.sets or (name == "" and reading.which == "params"):

@@ -65,6 +65,7 @@ def test_it_holds_the_recipes_and_nothing_of_the_clone(installed):
     there = {path.relative_to(installed / "dit_jax") for path in (installed / "dit_jax").rglob("*.py")}
     assert {path for path in there if path.parts[0] != "recipes"} == here
     assert (installed / "dit_jax" / "assets" / "digits_vae" / "diffusion_pytorch_model.safetensors").is_file()
+    assert (installed / "dit_jax" / "assets" / "imagenet_classes.txt").is_file()
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"bin", "dit_jax"}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, GaussianConfig
 from dit_jax.diffusion.samplers import sample_keys, start_noise
 from dit_jax.generation.sampling import SamplingOptions, device_mesh, load_vae, make_latent_sampler
 from dit_jax.interop import keymap
@@ -86,12 +86,17 @@ def test_same_latents_and_pictures(peers, peer_pipeline, weights, monkeypatch, t
         rng = np.random.default_rng(1)
         other = jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), weights.params)
         weights = dataclasses.replace(weights, params=other)
+        if sampler == "ddim":
+            process = GaussianConfig("squaredcos_cap_v2", prediction="v")
+            weights = dataclasses.replace(
+                weights, config=dataclasses.replace(weights.config, diffusion=process)
+            )
         write_pipeline(tmp_path / "ours", weights)
         pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours", low_cpu_mem_usage=False)
         assert pipeline.get_label_ids(["other 207", "name 3"]) == [207, 3]
         assert pipeline.scheduler.config.clip_sample is False
     name, options = SCHEDULERS[sampler]
-    scheduler = getattr(diffusers, name).from_config(peer_pipeline.scheduler.config, **options)
+    scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
     scheduler.set_timesteps(STEPS)
     times = [*scheduler.timesteps.tolist(), -1]
     latents, pictures, noise = our_pictures(weights, sampler, times)

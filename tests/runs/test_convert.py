@@ -90,7 +90,11 @@ def test_there_and_back_to_the_bit(peers, run, config, tmp_path, capsys, name, t
         assert found.config == original.config and found.step == 12
         assert (pathlib.Path(back) / "dataset.json").read_text() == (run / "dataset.json").read_text()
         page = (tmp_path / name / "README.md").read_text()
-        assert "--model.hidden-size 32" in page and "of run, step 12" in page
+        assert (
+            "--model.hidden-size 32\n" in page
+            and "--model.input-size 8 8\n" in page
+            and "of run, step 12" in page
+        )
 
 
 def test_every_network_of_ours_has_the_folders_format(tiny, run, tmp_path):
@@ -217,6 +221,8 @@ def test_bad_published_files(peers, config, tmp_path):
     )
     refused(r"missing final_layer.linear.bias \(32,\)", **{"final_layer.linear.bias": None})
     refused("pos_embed is not the 2D sine-cosine table", pos_embed=torch.zeros(1, 16, 32))
+    with pytest.raises(ConfigError, match="--process is sit with --config, which has a process"):
+        read_weights(str(file), Reading(process="sit", config=config), "IN")
     refused("--weights is params, but .* holds one set", Reading("params", config=config))
 
 

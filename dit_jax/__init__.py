@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from dit_jax.diffusion.flow import FlowMatching
     from dit_jax.diffusion.gaussian import GaussianDiffusion
     from dit_jax.models.dit import DiT
+    from dit_jax.models.mmdit import MMDiT
     from dit_jax.samplers.ancestral import sample_ddpm
     from dit_jax.samplers.ddim import sample_ddim
     from dit_jax.samplers.ode import sample_ode
@@ -18,6 +19,7 @@ __all__ = [
     "DiT",
     "FlowMatching",
     "GaussianDiffusion",
+    "MMDiT",
     "sample_ddim",
     "sample_ddpm",
     "sample_ode",
@@ -28,6 +30,7 @@ _HOME = {
     "DiT": "dit_jax.models.dit",
     "FlowMatching": "dit_jax.diffusion.flow",
     "GaussianDiffusion": "dit_jax.diffusion.gaussian",
+    "MMDiT": "dit_jax.models.mmdit",
     "sample_ddim": "dit_jax.samplers.ddim",
     "sample_ddpm": "dit_jax.samplers.ancestral",
     "sample_ode": "dit_jax.samplers.ode",

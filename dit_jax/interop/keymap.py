@@ -81,6 +81,8 @@ class Rule:
     layer_axis: int = 0
     part_axis: int = 0
     copies: int = 1
+    first: int = 0
+    """Number of the first of the stacked layers."""
 
     def applies(self, path: Path) -> bool:
         """Whether the rule is for the parameter `path`."""
@@ -96,7 +98,7 @@ class Rule:
         views = {name: value}
         if "*" in name:
             layers = np.moveaxis(value, self.layer_axis, 0)
-            views = {name.replace("*", str(i)): layer for i, layer in enumerate(layers)}
+            views = {name.replace("*", str(i)): layer for i, layer in enumerate(layers, self.first)}
         parts = re.search(r"\{(.*?)\}", name)
         if parts is None:
             return views

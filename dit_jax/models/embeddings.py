@@ -41,14 +41,27 @@ def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
     The first half of the channels encodes the column, the second the row; in each half sines come before
     cosines. Frequencies are computed in float64.
     """
+    return _positions_at(np.arange(height), np.arange(width), dim)
 
+
+def cropped_positions(height: int, width: int, dim: int, side: int, base: int) -> np.ndarray:
+    """The middle (height*width, dim) of a table of side x side such positions that lie base / side apart, float32.
+
+    Stable Diffusion 3 is shown pictures of any size so (arXiv 2403.03206, section 5.3.2).
+    """
+    apart = base / side
+    rows, columns = (((side - n) // 2 + np.arange(n)) * apart for n in (height, width))
+    return _positions_at(rows, columns, dim)
+
+
+def _positions_at(rows: np.ndarray, columns: np.ndarray, dim: int) -> np.ndarray:
     def encode(positions: np.ndarray) -> np.ndarray:
         omega = 1.0 / 10000.0 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4.0))
         angles = np.outer(positions, omega)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    return np.concatenate([encode(columns.ravel()), encode(rows.ravel())], axis=1).astype(np.float32)
+    row, column = np.meshgrid(rows, columns, indexing="ij")
+    return np.concatenate([encode(column.ravel()), encode(row.ravel())], axis=1).astype(np.float32)
 
 
 def timestep_embedding(t: Array, dim: int = 256, max_period: float = 10000.0, shift: int = 0) -> Array:

@@ -48,6 +48,21 @@ def add_gated(x: Array, branch: Array, gate: Array | None) -> Array:
     return x + branch if gate is None else x + gate[:, None, :] * branch
 
 
+class RmsNorm(nn.Module):
+    """RMSNorm with a learned scale (Zhang & Sennrich, arXiv 1910.07467), over the last axis."""
+
+    dtype: Any = jnp.float32
+    epsilon: float = EPSILON
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x (..., K) -> (..., K) in `dtype`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
 class AffineNorm(nn.Module):
     """LayerNorm with learned scale and bias."""
 

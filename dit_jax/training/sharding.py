@@ -34,14 +34,20 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("t_embed/fc1/kernel", (None, "embed")),
     ("t_embed/fc2/kernel", ("embed", None)),
     ("y_embed/embedding", (None, "embed")),
-    ("blocks/attn/qkv/kernel", (None, "embed", None, "heads", None)),  # (L, D, 3, H, K)
+    ("context_embed/kernel", (None, "embed")),
+    ("pooled_embed/fc1/kernel", (None, "embed")),
+    ("pooled_embed/fc2/kernel", ("embed", None)),
+    (r"\w*blocks/attn2?/(context_)?qkv/kernel", (None, "embed", None, "heads", None)),  # (L, D, 3, H, K)
     ("cross_attn/q/kernel", (None, "embed", "heads", None)),  # (L, D, H, K)
     ("cross_attn/kv/kernel", (None, "embed", None, "heads", None)),  # (L, D, 2, H, K)
-    ("(cross_)?attn/proj/kernel", (None, "heads", None, "embed")),  # (L, H, K, D), of both attentions
-    ("mlp/fc1/kernel", (None, "embed", "mlp")),  # (L, D, 4D)
-    ("mlp/fc2/kernel", (None, "mlp", "embed")),  # (L, 4D, D)
+    (
+        r"(cross_)?attn2?/(context_)?proj/kernel",
+        (None, "heads", None, "embed"),
+    ),  # (L, H, K, D), of all attentions
+    ("(context_)?mlp/fc1/kernel", (None, "embed", "mlp")),  # (L, D, 4D)
+    ("(context_)?mlp/fc2/kernel", (None, "mlp", "embed")),  # (L, 4D, D)
     ("final_adaln/kernel", ("embed", None, "modulation")),  # (D, 2, D)
-    ("adaln/kernel", ("embed", None, None, "modulation")),  # (D, L, 4 or 6, D)
+    (r"(\w+_)?adaln/kernel", ("embed", None, None, "modulation")),  # (D, L, 2, 4, 6 or 9, D)
     ("final_linear/kernel", ("embed", None)),
 )
 

@@ -1,0 +1,195 @@
+"""Stable Diffusion 3's multimodal Diffusion Transformer (Esser et al., arXiv 2403.03206, figure 2).
+
+Letters: B batch, H and W latent sides, C latent channels, P patch side, N tokens of the picture, M of the text,
+D width, L layers, E channels of the text's tokens, F of the pooled text.
+
+Parameters of blocks that are alike are stacked on a leading layer axis: those with a second attention, those
+without, and the last one, whose text goes no further.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dit_jax.config import ConfigError
+from dit_jax.models.blocks import Modulation
+from dit_jax.models.compute import Compute
+from dit_jax.models.embeddings import TimestepEmbedder, cropped_positions, patchify, unpatchify
+from dit_jax.models.joint_blocks import DUAL, LAST_TEXT, PICTURE, TEXT, JointBlock
+from dit_jax.models.layers import layers
+from dit_jax.models.linear import Linear
+from dit_jax.models.parts import LAYER_NORM
+
+Array = jax.Array
+HEAD_DIM = 64
+
+# Name -> depth, QK-norm, blocks with a second attention, side of the table of positions.
+MMDIT_SIZES: dict[str, dict[str, Any]] = {
+    "SD3-medium": dict(depth=24, qk_norm=False, dual_blocks=0, positions_side=192),
+    "SD3.5-medium": dict(depth=24, qk_norm=True, dual_blocks=13, positions_side=384),
+    "SD3.5-large": dict(depth=38, qk_norm=True, dual_blocks=0, positions_side=192),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Blocks that are alike: their name, the number of the first, how many, and vectors of adaLN for each stream."""
+
+    name: str
+    first: int
+    count: int
+    vectors: dict[str, int]
+
+
+class MMDiT(nn.Module):
+    """Predicts the velocity from a noised latent, its time, and a text: tokens and a pooled vector.
+
+    Attributes: `input_size` the latent's side or (H, W); `num_heads` None for heads of 64 channels; `dual_blocks` how
+    many blocks, from the first on, let the picture attend to itself as well; `qk_norm` whether queries and keys are
+    normed; positions are cut from the middle of a table of `positions_side` x `positions_side`, whose entries lie
+    positions_base / positions_side apart; `compute` is how it is computed, of which its parameters do not depend.
+    """
+
+    input_size: int | tuple[int, int] = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    hidden_size: int = 1536
+    depth: int = 24
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    dual_blocks: int = 0
+    positions_side: int = 192
+    positions_base: int = 64
+    compute: Compute = Compute()
+
+    @classmethod
+    def named(cls, name: str, **options: Any) -> MMDiT:
+        """A published size; ConfigError for another name."""
+        if name not in MMDIT_SIZES:
+            raise ConfigError(f"the model's name is {name!r}; expected one of {', '.join(MMDIT_SIZES)}")
+        size = MMDIT_SIZES[name]
+        return cls(**{"hidden_size": HEAD_DIM * size["depth"], **size, **options})
+
+    def computed(self, **options: Any) -> MMDiT:
+        """The same network, computed with these options of `Compute`."""
+        return self.clone(compute=dataclasses.replace(self.compute, **options))
+
+    def plain(self) -> MMDiT:
+        """The same network without kernels and derivatives written by hand, for forward-mode derivatives."""
+        return self.clone(compute=self.compute.plainly())
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(H, W) of the latent."""
+        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        h, w = self.latent_size
+        return h // self.patch_size, w // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of a latent."""
+        return math.prod(self.grid_size)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.num_heads or self.hidden_size // HEAD_DIM
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.hidden_size // self.heads
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The blocks, in their order."""
+        between = self.depth - 1 - self.dual_blocks
+        found = (
+            Group("dual_blocks", 0, self.dual_blocks, {"x": DUAL, "context": TEXT}),
+            Group("joint_blocks", self.dual_blocks, between, {"x": PICTURE, "context": TEXT}),
+            Group("last_blocks", self.depth - 1, 1, {"x": PICTURE, "context": LAST_TEXT}),
+        )
+        return tuple(group for group in found if group.count)
+
+    @nn.compact
+    def __call__(self, x: Array, t: Array, condition: Mapping[str, Array]) -> Array:
+        """x (B, H, W, C), t (B,) times as shown, 0 to 1000 in Stable Diffusion 3, condition {"context": (B, M, E),
+        "pooled": (B, F)} -> (B, H, W, C) float32."""
+        context, pooled = condition["context"], condition["pooled"]
+        self._check(x)
+        d = self.hidden_size
+        compute = self.compute.resolved(self.num_tokens + context.shape[1], self.head_dim)
+        tokens = Linear((d,), compute=compute, name="patch_embed")(patchify(x, self.patch_size))
+        positions = cropped_positions(*self.grid_size, d, self.positions_side, self.positions_base)
+        tokens = tokens + jnp.asarray(positions, compute.dtype)[None]
+        context = Linear((d,), compute=compute, name="context_embed")(context)
+
+        c = TimestepEmbedder(d, compute, name="t_embed")(t)
+        c = compute.split_batch(c + TextEmbedder(d, compute, name="pooled_embed")(pooled))  # (B, D) float32
+        streams = {"x": tokens, "context": context}
+        for group in self.groups:
+            modulation = {
+                stream: Modulation((group.count, vectors, d), compute, name=f"{group.name}_{stream}_adaln")(c)
+                for stream, vectors in group.vectors.items()
+            }
+            modulation = jax.tree.map(lambda a: a.swapaxes(0, 1), modulation)  # (L, B, vectors, D)
+            blocks = layers(JointBlock, group.count, compute)(
+                self.heads, int(d * self.mlp_ratio), compute, self.qk_norm, group.name == "dual_blocks",
+                group.name == "last_blocks", name=group.name,
+            )  # fmt: skip
+            streams, _ = blocks(streams, modulation, None)
+        tokens = compute.split_batch(streams["x"])
+        shift, scale = jnp.moveaxis(Modulation((2, d), compute, name="final_adaln")(c), 1, 0)
+        tokens = LAYER_NORM.modulate(tokens, shift, scale, compute)
+        final_linear = Linear(
+            (self.patch_size**2 * self.in_channels,), kernel_init=nn.initializers.zeros, compute=compute,
+            result=jnp.float32, precision=jax.lax.Precision.HIGHEST, name="final_linear",
+        )  # fmt: skip
+        return unpatchify(final_linear(tokens), self.patch_size, self.latent_size)
+
+    def _check(self, x: Array) -> None:
+        if any(side % self.patch_size for side in self.latent_size):
+            raise ConfigError(
+                f"input_size {self.latent_size} is not divisible by patch_size {self.patch_size}"
+            )
+        if max(self.grid_size) > self.positions_side:
+            raise ConfigError(
+                f"input_size {self.latent_size} has {self.grid_size} patches; expected at most positions_side, "
+                f"{self.positions_side}, of them"
+            )
+        if self.hidden_size % self.heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.heads}")
+        if not 0 <= self.dual_blocks < self.depth:
+            raise ConfigError(f"dual_blocks is {self.dual_blocks}; expected 0 to {self.depth - 1}")
+        expected = (*self.latent_size, self.in_channels)
+        if x.ndim != 4 or x.shape[1:] != expected:
+            raise ValueError(f"x has shape {x.shape}; expected (batch, {', '.join(map(str, expected))})")
+
+
+class TextEmbedder(nn.Module):
+    """An MLP F -> D -> D with SiLU of the pooled text, in float32: it costs next to nothing."""
+
+    hidden_size: int
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(self, pooled: Array) -> Array:
+        """pooled (B, F) -> (B, D)."""
+        compute = dataclasses.replace(self.compute, dtype=jnp.float32)
+        linear = functools.partial(
+            Linear, (self.hidden_size,), compute=compute, precision=jax.lax.Precision.HIGHEST
+        )
+        return linear(name="fc2")(nn.silu(linear(name="fc1")(pooled)))

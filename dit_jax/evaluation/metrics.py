@@ -17,6 +17,7 @@ from dit_jax.evaluation.manifold import NEIGHBOURS, precision_and_recall
 from dit_jax.evaluation.references import Reference
 from dit_jax.evaluation.samples import Provenance
 from dit_jax.evaluation.scores import SPLIT, SUBSET_SIZE, SUBSETS, inception_score, kernel_distance
+from dit_jax.runs.checkpoint import say
 
 FILE = "evaluations.jsonl"  # in a run's folder
 
@@ -66,7 +67,7 @@ class Evaluation:
     def table(self) -> str:
         """The result for a person to read."""
         lines = []
-        for metric, (name, form) in _TABLE.items():
+        for metric, (name, form) in self._rows().items():
             if metric not in self.metrics:
                 continue
             spread = self.metrics.get(f"{metric}_std")
@@ -74,7 +75,7 @@ class Evaluation:
             lines.append(f"  {name:<28}{self.metrics[metric]:>12{form}}{more}")
         whys: dict[str, list[str]] = {}
         for metric, why in self.left_out.items():
-            whys.setdefault(why, []).append(_TABLE[metric][0])
+            whys.setdefault(why, []).append(self._rows()[metric][0])
         lines += [f"  left out: {', '.join(names)}: {why}" for why, names in whys.items()]
         weights = f", weights {self.weights_hash[:12]}" if self.weights_hash else ""
         pictures = "statistics" if self.reference_count is None else f"{self.reference_count:,} pictures"
@@ -83,6 +84,12 @@ class Evaluation:
             f"{self.features} features ({self.convention}{weights}):"
         )
         return "\n".join([head, *lines])
+
+    def _rows(self) -> dict[str, tuple[str, str]]:
+        """Metric -> (name, how it is printed): FID and KID are names of distances in Inception's features."""
+        if self.features == "inception":
+            return _TABLE
+        return _TABLE | {"fid": ("Frechet distance", ".4f"), "kid": ("kernel distance", ".4f")}
 
 
 def evaluate(
@@ -167,6 +174,9 @@ def _check_dimensions(reference: Reference, ours: int, theirs: int) -> None:
 
 
 def append_evaluation(workdir: pathlib.Path, evaluation: Evaluation) -> None:
-    """One more line in the run's evaluations.jsonl."""
-    with (workdir / FILE).open("a") as file:
-        file.write(evaluation.to_json() + "\n")
+    """One more line in the run's evaluations.jsonl; a warning where it cannot be written."""
+    try:
+        with (workdir / FILE).open("a") as file:
+            file.write(evaluation.to_json() + "\n")
+    except OSError as error:
+        say(f"warning: {workdir / FILE} cannot be written ({error.strerror}); the result is not in it")

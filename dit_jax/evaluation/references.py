@@ -55,6 +55,17 @@ class Reference:
     """(M, F) float32: features of the pictures, or of 10,000 of them, evenly spread."""
 
 
+def check_reference(name: str) -> None:
+    """Raises ConfigError, before any long work, where the name of a reference is of nothing."""
+    kind = name.partition(":")[0]
+    if (
+        name != "digits"
+        and kind not in ("folder", "npz", "tfds")
+        and not pathlib.Path(name).expanduser().exists()
+    ):
+        raise ConfigError(f"--reference is {name}, where there is nothing; {_EXPECTED}")
+
+
 def load_reference(
     name: str, extractor: FeatureExtractor, side: int, split: str = "train", vae: str | None = None
 ) -> Reference:
@@ -63,6 +74,7 @@ def load_reference(
     side: of the samples, in pixels, to which a source's pictures are brought. split: of a source that has some. vae:
     of a prepared dataset, if it has moved. Raises ConfigError for what is none, or has no features of this extractor.
     """
+    check_reference(name)
     path = pathlib.Path(name).expanduser()
     if path.is_file():
         return _of_file(path, extractor)
@@ -70,10 +82,8 @@ def load_reference(
         pictures = dataset_pictures(path, vae)
     elif path.is_dir() and name != "digits":
         pictures = source_pictures(FolderSource(path), side)
-    elif name == "digits" or name.partition(":")[0] in ("folder", "npz", "tfds"):
-        pictures = source_pictures(open_source(name, split), side)
     else:
-        raise ConfigError(f"--reference is {name}, where there is nothing; {_EXPECTED}")
+        pictures = source_pictures(open_source(name, split), side)
     return _of_pictures(pictures, hashlib.sha256(pictures.identity.encode()).hexdigest(), extractor)
 
 

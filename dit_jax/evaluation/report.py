@@ -13,7 +13,7 @@ from dit_jax.config import ConfigError
 from dit_jax.evaluation.features import FeatureExtractor, digits_extractor, features_of
 from dit_jax.evaluation.inception import inception_extractor
 from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
-from dit_jax.evaluation.references import load_reference
+from dit_jax.evaluation.references import check_reference, load_reference
 from dit_jax.evaluation.samples import load_pictures, load_provenance
 from dit_jax.files import check_file, write_whole
 from dit_jax.interop.inception import RELEASE, VARIABLE
@@ -66,6 +66,7 @@ def evaluate_file(
     """
     if out is not None:
         check_file("--out", out)
+    check_reference(reference)
     images, labels = load_pictures(npz)
     provenance = load_provenance(npz)
     extractor = choose_extractor(features, inception, convention, compares_with_digits(reference))

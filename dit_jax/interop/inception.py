@@ -109,7 +109,7 @@ def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
         ) from None
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: tensor.numpy() for name, tensor in found.items()}
+        return {name: tensor.detach().numpy() for name, tensor in found.items()}
     except Exception as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ConfigError(f"{file} cannot be read ({reason}); {expected}") from None

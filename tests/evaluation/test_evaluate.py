@@ -12,7 +12,7 @@ from dit_jax.data.digits import load_digits, to_8x8
 from dit_jax.evaluation import inception, references
 from dit_jax.evaluation.features import FeatureExtractor, features_of
 from dit_jax.evaluation.frechet import frechet_distance
-from dit_jax.evaluation.metrics import evaluate
+from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
 from dit_jax.evaluation.references import load_reference
 from dit_jax.evaluation.report import evaluate_file
 from dit_jax.evaluation.samples import Provenance, save_samples
@@ -204,7 +204,7 @@ def test_digits_are_measured_by_their_referee_without_any_weights(digits, capsys
     )
     assert set(result["left_out"]) == {"sfid", "inception_score"}
     assert "364 samples against 1,433 pictures of digits/train" in said and "98.9%" in said
-    assert "left out: sFID" in said
+    assert "left out: sFID" in said and "Frechet distance" in said and " FID" not in said
     arguments[-1] = str(digits / "again.json")
     assert command.main("evaluate.py", [*arguments, "--split", "test"]) == 0
     assert json.loads((digits / "again.json").read_text())["metrics"]["fid"] == pytest.approx(0, abs=1e-6)
@@ -267,6 +267,7 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(digits, extractor, t
     by_digits = ["--features", "digits"]
     for reference, options, message in (
         ("nowhere", by_digits, "--reference is nowhere, where there is nothing; expected an .npz file"),
+        ("nowhere", [], "--reference is nowhere, where there is nothing; expected an .npz file"),
         (tmp_path / "nothing.npz", by_digits, "nothing.npz, which has neither mu and sigma nor arr_0"),
         (
             tmp_path / "shape.npz",
@@ -299,6 +300,14 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(digits, extractor, t
             load_reference(str(tmp_path / "small.npz"), extractor, 12),
             extractor,
         )
+
+
+def test_a_result_that_its_run_cannot_take_is_a_warning(tmp_path, capsys):
+    (tmp_path / "evaluations.jsonl").mkdir()
+    append_evaluation(
+        tmp_path, Evaluation({"fid": 1.0}, {}, "digits", "", None, "other", "0" * 64, None, 2, {})
+    )
+    assert "evaluations.jsonl cannot be written (Is a directory)" in capsys.readouterr().err
 
 
 def test_statistics_that_cannot_be_kept_are_made_nonetheless(extractor, tmp_path, monkeypatch, capsys):

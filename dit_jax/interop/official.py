@@ -142,11 +142,6 @@ def write_published(file: str | os.PathLike[str], weights: Weights) -> None:
     write_pickled(file, tensors)
 
 
-def is_published(names: Any) -> bool:
-    """Whether tensors of these names are those of a published DiT or SiT."""
-    return {PROJECTION, LAST} <= set(names)
-
-
 def config_of(tensors: Tensors, args: Mapping[str, Any], process: str | None, where: str) -> Config:
     """The config that the tensors' shapes and the stored options tell; `where` is the file, for errors."""
     for name, axes in ((PROJECTION, 4), (TABLE, 2), (LAST, 2), ("pos_embed", 3)):
@@ -170,13 +165,18 @@ def config_of(tensors: Tensors, args: Mapping[str, Any], process: str | None, wh
 
 
 def _process(args: Mapping[str, Any], process: str | None, learn_sigma: bool, where: str) -> ProcessConfig:
-    if process == "dit" or (process is None and learn_sigma and "path_type" not in args):
-        return GaussianConfig(learn_sigma=learn_sigma)
-    if process is None and "path_type" not in args:
-        raise ConfigError(
-            f"{where} has as many channels of output as of input, as a SiT or a DiT of fixed variance; expected "
-            "--process sit or --process dit"
+    told = process or ("sit" if "path_type" in args else None)
+    if told is None and (not learn_sigma or os.path.basename(where).lower().startswith("sit")):
+        like = (
+            "is named like a SiT"
+            if learn_sigma
+            else "has as many channels of output as of input, as SiTs have"
         )
+        raise ConfigError(
+            f"{where} {like}, which has a DiT's names and shapes; expected --process sit or --process dit"
+        )
+    if told != "sit":
+        return GaussianConfig(learn_sigma=learn_sigma)
     path, prediction = str(args.get("path_type", "linear")).lower(), str(args.get("prediction", "velocity"))
     if path not in ("linear", "gvp", "vp") or prediction not in ("velocity", "score", "noise"):
         raise ConfigError(

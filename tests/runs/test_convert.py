@@ -196,6 +196,11 @@ def test_a_network_of_the_table_needs_no_recipe(peers, tiny, tmp_path):
         read_weights(str(tmp_path / "sit.pt"), Reading(), "IN")
     flow = read_weights(str(tmp_path / "sit.pt"), Reading(process="sit"), "IN").config.diffusion
     assert flow == FlowMatchingConfig()
+    shutil.copy(tmp_path / "DiT-S-4.pt", tmp_path / "SiT-S-4.pt")
+    with pytest.raises(ConfigError, match=r"SiT-S-4.pt is named like a SiT, .*; expected --process sit or"):
+        read_weights(str(tmp_path / "SiT-S-4.pt"), Reading(), "IN")
+    flow = read_weights(str(tmp_path / "SiT-S-4.pt"), Reading(process="sit"), "IN").config.diffusion
+    assert flow == FlowMatchingConfig(learn_sigma=True)
 
 
 def test_bad_published_files(peers, config, tmp_path):

@@ -25,7 +25,7 @@ from typing import Any
 
 import figures
 import tqdm
-from quality import Quality
+from quality import quality_of
 
 from dit_jax.compiler import keep_compiled_programs
 from dit_jax.config import Config, ConfigError, load, resolve
@@ -79,7 +79,9 @@ def options() -> argparse.Namespace:
     add("--samples", type=int, default=1000, help="pictures in a measurement")
     add("--sampler", default="unipc_2", help="sampler of the measurements")
     add("--sampling-steps", type=int, default=8, help="its steps")
-    add("--reference", default="", help="statistics of real pictures (the digits have theirs)")
+    add("--reference", help="what samples are compared with, as of evaluate.py (default: the digits)")
+    add("--split", default="test", help="split of a reference that has several")
+    add("--inception", help="file of the Inception weights, for a reference that is not the digits")
     add(
         "--out",
         type=pathlib.Path,
@@ -132,7 +134,7 @@ def config_of(member: Member, args: argparse.Namespace) -> Config:
     )
 
 
-def measure(member: Member, args: argparse.Namespace, quality: Quality) -> list[dict[str, Any]]:
+def measure(member: Member, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One line for each measurement of a run; trains it, and measures, what is not there yet."""
     config = config_of(member, args)
     file = args.out / member.folder / "quality.jsonl"
@@ -151,7 +153,7 @@ def measure(member: Member, args: argparse.Namespace, quality: Quality) -> list[
     known["training_macs"] = 3 * known["macs"] * config.train.batch_size  # of a step
     for step in points:
         if step not in done:
-            done[step] = {"step": step, **asked, **quality.of(config, step, args), **known}
+            done[step] = {"step": step, **asked, **quality_of(config, step, args), **known}
             with file.open("a") as out:
                 out.write(json.dumps(done[step]) + "\n")
     return [done[step] for step in points]
@@ -166,10 +168,9 @@ def main() -> None:
             config_of(member, args)  # what does not fit is said before hours of training
         found: dict[Member, list[dict[str, Any]]] = {}
         with tqdm.tqdm(members, unit="run", position=1, disable=args.only_draw) as bar:
-            quality = Quality()
             for member in bar:
                 bar.set_description(member.folder)
-                if lines := measure(member, args, quality):
+                if lines := measure(member, args):
                     found[member] = lines
                     figures.draw(found, args.out, pathlib.Path(args.config).stem)
     except ConfigError as error:

@@ -69,21 +69,21 @@ def test_a_run_is_trained_and_measured_once(scaling, args, monkeypatch):
         (options.out / member.folder).mkdir(exist_ok=True)
         return types.SimpleNamespace(step=4)
 
-    class Quality:
-        def of(self, config, step, args):
-            measured.append(step)
-            if len(measured) == 2 and len(trained) == 1:
-                raise KeyboardInterrupt
-            return {"distance": 100.0 / step}
+    def quality_of(config, step, args):
+        measured.append(step)
+        if len(measured) == 2 and len(trained) == 1:
+            raise KeyboardInterrupt
+        return {"distance": 100.0 / step}
 
     monkeypatch.setattr(scaling, "train", train)
+    monkeypatch.setattr(scaling, "quality_of", quality_of)
     with pytest.raises(KeyboardInterrupt):
-        scaling.measure(member, options, Quality())
-    lines = scaling.measure(member, options, Quality())
+        scaling.measure(member, options)
+    lines = scaling.measure(member, options)
     assert measured == [2, 4, 4] and [line["distance"] for line in lines] == [50.0, 25.0]
-    assert scaling.measure(member, options, Quality()) == lines and len(trained) == 2
+    assert scaling.measure(member, options) == lines and len(trained) == 2
     options.samples = 7  # another measurement
-    scaling.measure(member, options, Quality())
+    scaling.measure(member, options)
     assert measured[3:] == [2, 4]
 
 
@@ -143,4 +143,4 @@ def test_a_line_of_another_choice_of_samples_does_not_count(scaling, args):
     folder.mkdir()
     line = {"step": 4, "samples": 1000, "sampler": "ddpm", "sampling_steps": 8, "distance": 1.0}
     (folder / "quality.jsonl").write_text(json.dumps(line) + "\n")
-    assert scaling.measure(scaling.Member("32", 4, "adaln_zero", 0), options, None) == []
+    assert scaling.measure(scaling.Member("32", 4, "adaln_zero", 0), options) == []

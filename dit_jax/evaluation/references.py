@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dit_jax.config import ConfigError
+from dit_jax.data import digits
 from dit_jax.data.metadata import METADATA_FILE
 from dit_jax.data.sources import FolderSource, open_source
 from dit_jax.evaluation.features import STATISTICS, FeatureExtractor
@@ -75,6 +76,8 @@ def load_reference(
     of a prepared dataset, if it has moved. Raises ConfigError for what is none, or has no features of this extractor.
     """
     check_reference(name)
+    if name == extractor.name == "digits":
+        return _of_originals(split)
     path = pathlib.Path(name).expanduser()
     if path.is_file():
         return _of_file(path, extractor)
@@ -85,6 +88,18 @@ def load_reference(
     else:
         pictures = source_pictures(open_source(name, split), side)
     return _of_pictures(pictures, hashlib.sha256(pictures.identity.encode()).hexdigest(), extractor)
+
+
+def _of_originals(split: str) -> Reference:
+    """The digits as they were, 8x8 pixels: what their referee's features of pictures are features of."""
+    if split not in ("train", "test"):
+        raise ConfigError(f"--split is {split}; expected train or test, the splits of the digits")
+    pixels = digits.load_originals("test" if split == "test" else "train")[0]
+    found = hashlib.sha256(pixels.tobytes()).hexdigest()
+    statistics = RunningStatistics(pixels.shape[1])
+    statistics.add(pixels)
+    gaussian = statistics.mean, statistics.covariance
+    return Reference(f"digits/{split}", found, len(pixels), {"pool": gaussian}, pixels.astype(np.float32))
 
 
 def _of_file(path: pathlib.Path, extractor: FeatureExtractor) -> Reference:

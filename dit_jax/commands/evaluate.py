@@ -34,6 +34,8 @@ class EvaluateArgs:
     $DIT_JAX_INCEPTION)."""
     convention: Literal["adm", "pytorch-fid"] = "adm"
     """How pictures are resized for it: as the ADM evaluator and torch-fidelity do, or as pytorch-fid does."""
+    vae: str | None = None
+    """Where the autoencoder of a reference made by prepare.py lies, if it has moved: a diffusers folder or hub id."""
     out: str | None = None
     """With --reference: .json file for the result, which also goes to evaluations.jsonl in the run's folder."""
     likelihood: bool = False
@@ -109,7 +111,9 @@ def _measured(o: EvaluateArgs) -> str:
         from dit_jax.evaluation.report import evaluate_file
 
         keep_compiled_programs()
-        found = evaluate_file(o.npz, o.reference, o.features, o.inception, o.convention, o.split, o.out)
+        found = evaluate_file(
+            o.npz, o.reference, o.features, o.inception, o.convention, o.split, o.vae, o.out
+        )
         return found.table()
     from dit_jax.evaluation import digits
     from dit_jax.evaluation.samples import load_samples

@@ -137,6 +137,10 @@ def _gaussian(path: pathlib.Path, arrays: Mapping[str, np.ndarray], feature: str
                     f"--reference is {path} with {names[0]} {mean.shape} and {names[1]} {covariance.shape}; "
                     "expected (F,) and (F, F)"
                 )
+            if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+                raise ConfigError(
+                    f"--reference is {path}, whose {names[0]} or {names[1]} is not finite; expected numbers"
+                )
             return mean, covariance
     return None
 

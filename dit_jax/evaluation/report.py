@@ -58,6 +58,7 @@ def evaluate_file(
     inception: str | None = None,
     convention: Convention = "adm",
     split: str = "train",
+    vae: str | None = None,
     out: str | None = None,
 ) -> Evaluation:
     """Metrics of the samples in a file; written to `out` as JSON, and appended to the evaluations of their run.
@@ -73,7 +74,7 @@ def evaluate_file(
     extractor.check(f"--npz {npz}", images.shape)
     if len(images) < 2:
         raise ConfigError(f"--npz {npz} has {len(images)} samples; expected at least 2")
-    of = load_reference(reference, extractor, min(images.shape[1:3]), split)
+    of = load_reference(reference, extractor, min(images.shape[1:3]), split, vae)
     if images.shape[-1] == 1:
         images = np.broadcast_to(images, (*images.shape[:3], 3))
     with tqdm(total=len(images), unit="picture", desc="features of the samples") as bar:

@@ -1,6 +1,7 @@
 """evaluate.py --reference: every kind of reference, what it cannot give, the result and where it goes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
 from dit_jax.evaluation.references import load_reference
 from dit_jax.evaluation.report import evaluate_file
 from dit_jax.evaluation.samples import Provenance, save_samples
+from dit_jax.interop.diffusers import asset_path
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), np.uint8)
 SAMPLES = np.random.default_rng(1).integers(0, 200, (30, 12, 12, 3), np.uint8)
@@ -227,9 +229,16 @@ def test_a_prepared_dataset_of_digits_is_decoded(digits, tmp_path):
         and found.reference == "digits/test decoded"
         and found.reference_count == 364
     )
-    assert (
-        0 < found.metrics["fid"] < 10
-    )  # the autoencoder's own error: real digits of the other split are above 15
+    # The autoencoder's own error: real digits of the other split are above 15.
+    assert 0 < found.metrics["fid"] < 10
+    moved = tmp_path / "moved"
+    shutil.copytree(asset_path("digits_vae"), moved)
+    place = (str(digits / "samples.npz"), str(tmp_path / "set"))
+    assert evaluate_file(*place, vae=str(moved)).metrics == found.metrics
+    weights = moved / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(ConfigError, match=r"was encoded by weights \w+; .*moved has weights"):
+        evaluate_file(*place, vae=str(moved))
 
 
 @pytest.mark.slow
@@ -257,6 +266,7 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(digits, extractor, t
     np.savez(tmp_path / "nothing.npz", other=np.zeros(3))
     np.savez(tmp_path / "shape.npz", mu=np.zeros(64), sigma=np.zeros((3, 3)))
     np.savez(tmp_path / "dim.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "nan.npz", mu=np.full(64, np.nan), sigma=np.eye(64))
     np.savez(tmp_path / "float.npz", arr_0=np.zeros((3, 32, 32, 3)))
     np.savez(tmp_path / "small.npz", arr_0=PICTURES)
     np.savez(tmp_path / "one.npz", arr_0=PICTURES[:1], arr_1=np.zeros(1, int))
@@ -275,6 +285,7 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence(digits, extractor, t
             by_digits,
             r"shape.npz with mu (64,) and sigma (3, 3); expected (F,) and (F, F)",
         ),
+        (tmp_path / "nan.npz", by_digits, "nan.npz, whose mu or sigma is not finite; expected numbers"),
         (tmp_path / "dim.npz", by_digits, "dim.npz is of 2048 features; the samples' are 64"),
         (tmp_path / "float.npz", by_digits, "float.npz with arr_0 (3, 32, 32, 3) float64; expected pictures"),
         (tmp_path / "small.npz", by_digits, "has pictures of 12x12 pixels; the digits features are of 32x32"),

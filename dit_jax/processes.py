@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -40,8 +40,8 @@ _joined = False
 def on_lead(do: Callable[[], T]) -> T:
     """What `do()` gives in process 0, in every process: all of them call this, in the same order.
 
-    The result is something that JSON can say. An error is raised in all: a ConfigError as one, any other, elsewhere
-    than in process 0, as a RuntimeError.
+    The result is something that JSON can say. An error is raised in all, elsewhere than in process 0 by its kind
+    where callers tell it apart, else as a RuntimeError.
     """
     if jax.process_count() == 1:
         return do()
@@ -50,15 +50,13 @@ def on_lead(do: Callable[[], T]) -> T:
         try:
             result = do()
         except Exception as error:
-            store.key_value_set(
-                key, json.dumps({"error": str(error), "config": isinstance(error, ConfigError)})
-            )
+            store.key_value_set(key, json.dumps({"error": _said(error)}))
             raise
         store.key_value_set(key, json.dumps({"result": result}))
         return result
     said = json.loads(store.blocking_key_value_get(key, FOREVER_MS))
     if "error" in said:
-        raise (ConfigError if said["config"] else RuntimeError)(said["error"])
+        raise _error(*said["error"])
     return said["result"]
 
 
@@ -72,24 +70,41 @@ def all_fail_alike() -> None:
 def agree(problem: Exception | None = None) -> None:
     """Returns when all processes have called this, each with what went wrong in it, if anything.
 
-    Where something did, all raise: a process its own problem, the others the first one's, of its kind where callers
-    tell kinds apart, else as a RuntimeError.
+    Where something did, all raise the first one's: by its kind where callers tell it apart, else as a RuntimeError.
     """
-    if jax.process_count() > 1:
-        store, key = _store(), f"dit_jax/agree/{next(_agreements)}"
+    if jax.process_count() == 1:
         if problem is not None:
-            kind = next((i for i, kind in enumerate(_TOLD_APART) if isinstance(problem, kind)), None)
-            with contextlib.suppress(Exception):  # there is one already
-                store.key_value_set(f"{key}/problem", json.dumps([kind, str(problem)]))
-        store.wait_at_barrier(key, FOREVER_MS)
-        if problem is None:
-            try:
-                kind, text = json.loads(store.key_value_try_get(f"{key}/problem"))
-            except jax.errors.JaxRuntimeError:  # no such key: all is well
-                return
-            raise (RuntimeError if kind is None else _TOLD_APART[kind])(text)
+            raise problem
+        return
+    store, key = _store(), f"dit_jax/agree/{next(_agreements)}"
     if problem is not None:
-        raise problem
+        with contextlib.suppress(Exception):  # there is one already
+            store.key_value_set(f"{key}/problem", json.dumps(_said(problem)))
+    store.wait_at_barrier(key, FOREVER_MS)
+    try:
+        said = json.loads(store.key_value_try_get(f"{key}/problem"))
+    except jax.errors.JaxRuntimeError:  # no such key: all is well
+        return
+    raise _error(*said) from problem
+
+
+def _said(error: Exception) -> tuple[int | None, str]:
+    return next((i for i, kind in enumerate(_TOLD_APART) if isinstance(error, kind)), None), str(error)
+
+
+def _error(kind: int | None, text: str) -> Exception:
+    return (RuntimeError if kind is None else _TOLD_APART[kind])(text)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes run, each its own part: where it fails in one, it fails in all (see `agree`)."""
+    try:
+        yield
+    except Exception as error:
+        agree(error)
+    else:
+        agree()
 
 
 def join_the_others() -> None:

@@ -75,10 +75,12 @@ BELOW_ONE = 1 - 2.0**-24
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
 optim.learning_rate optim.eps train.batch_size train.steps train.log_every
-train.checkpoint_every train.keep train.bad_steps train.sample_count train.sample_steps"""
+train.checkpoint_every train.keep train.bad_steps train.sample_count train.sample_steps
+train.evaluate_count"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
-train.seed train.microbatch train.milestone_every train.snapshot_every train.max_rollbacks data.workers"""
+train.seed train.microbatch train.milestone_every train.snapshot_every train.max_rollbacks
+train.evaluate_every data.workers"""
 _AT_MOST = {  # beyond is a slip of the keyboard, which would end in hours of tracing or in no memory
     "model.depth": 10_000, "model.hidden_size": 2**17, "model.num_heads": 2**17, "model.patch_size": 2**12,
     "model.in_channels": 2**12, "model.mlp_ratio": 1024, "model.num_classes": 2**30,
@@ -109,8 +111,13 @@ def _check_values(config: Config) -> None:
         _require(good, f"diffusion.{option}", found, expected)
     most_steps, in_words = config.diffusion.steps_of_a_sampler()
     _require(
-        config.train.sample_every == 0 or 2 <= config.train.sample_steps <= most_steps,
+        not (config.train.sample_every or config.train.evaluate_every)
+        or 2 <= config.train.sample_steps <= most_steps,
         "train.sample_steps", config.train.sample_steps, in_words,
+    )  # fmt: skip
+    _require(
+        config.train.evaluate_every == 0 or config.train.evaluate_count >= 2,
+        "train.evaluate_count", config.train.evaluate_count, "at least 2, a distance needs their covariance",
     )  # fmt: skip
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     _require(

@@ -199,6 +199,13 @@ class TrainConfig:
     """Steps of their sampler, which is the one of sample.py without --sampler."""
     sample_cfg_scale: float = 1.5
     """Guidance scale of those samples (1: none)."""
+    evaluate_every: int = 0
+    """Steps between measurements of the averaged weights, by samples drawn as those of the grids (0: none)."""
+    evaluate_count: int = 10_000
+    """Samples of a measurement, the same ones each time."""
+    evaluate_reference: str = ""
+    """What they are compared with, as evaluate.py --reference: by the Inception weights of $DIT_JAX_INCEPTION, or by
+    the referee of the digits (empty: the digits, of a run on them)."""
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,13 @@ def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:
         ) from None
 
 
+def watching(config: Config, model: DiT) -> SamplingOptions:
+    """How a run draws samples while it trains."""
+    t = config.train
+    scale = t.sample_cfg_scale if model.condition.has_null else 1.0
+    return SamplingOptions(steps=t.sample_steps, cfg_scale=scale)
+
+
 def write_sample_grid(
     path: str | os.PathLike[str],
     *,
@@ -300,11 +307,9 @@ def write_sample_grid(
     mesh: Mesh,
 ) -> None:
     """The grid of samples that a run writes at intervals: the same samples each time, so that progress shows."""
-    t = config.train
-    kind = model.condition
-    options = SamplingOptions(steps=t.sample_steps, cfg_scale=t.sample_cfg_scale if kind.has_null else 1.0)
+    t, kind = config.train, model.condition
     decoder = load_decoder(metadata, config.data.vae or None) if jax.process_index() == 0 else None
     condition = kind.in_turn(t.sample_count)
-    images = generate_images(model, params, config, options, condition, decoder, mesh, t.seed)
+    images = generate_images(model, params, config, watching(config, model), condition, decoder, mesh, t.seed)
     if decoder is not None:
         save_grid(path, images)

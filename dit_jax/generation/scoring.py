@@ -18,6 +18,7 @@ import numpy as np
 
 from dit_jax.conditions import Condition
 from dit_jax.config import ConfigError
+from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.features import FeatureExtractor, Features
 from dit_jax.evaluation.metrics import FILE as FILE
 from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
@@ -84,7 +85,7 @@ class Ruler:
 def open_ruler(
     option: str,
     reference: str | None,
-    run: Run,
+    metadata: LatentMetadata,
     split: str = "train",
     features: FeatureName | None = None,
     inception: str | None = None,
@@ -95,15 +96,15 @@ def open_ruler(
     Raises ConfigError, naming `option`, where there is no reference, and for weights and pictures that do not fit.
     """
     if not reference:
-        if not run.metadata.source.startswith("digits"):
+        if not metadata.source.startswith("digits"):
             raise ConfigError(
-                f"{option} is missing and the run's data are {run.metadata.source}; expected what samples are "
+                f"{option} is missing and the run's data are {metadata.source}; expected what samples are "
                 "compared with: an .npz of statistics or pictures, or a folder of pictures"
             )
         reference = "digits"
-    side, name = run.metadata.image_size, reference
+    side, name = metadata.image_size, reference
     extractor = choose_extractor(features, inception, convention, compares_with_digits(reference))
-    extractor.check(f"the run in {run.workdir}", (0, side, side, 3))
+    extractor.check("the run", (0, side, side, 3))
     found: list[Reference] = []
     on_lead(lambda: found.append(load_reference(name, extractor, side, split)))
     return Ruler(extractor, found[0] if found else None)
@@ -135,7 +136,13 @@ def main(args: ScoreArgs) -> list[Evaluation]:
     plot = args.plot or str(run.workdir / "guidance.png")
     on_lead(lambda: _check_outputs(args, plot, run.workdir))
     ruler = open_ruler(
-        "--reference", args.reference, run, args.split, args.features, args.inception, args.convention
+        "--reference",
+        args.reference,
+        run.metadata,
+        args.split,
+        args.features,
+        args.inception,
+        args.convention,
     )
 
     mesh = device_mesh()

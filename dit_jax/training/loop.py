@@ -6,9 +6,9 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
@@ -41,6 +41,9 @@ from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.step import summarise
 from dit_jax.training.throughput import Throughput
 
+if TYPE_CHECKING:
+    from dit_jax.generation.scoring import Ruler
+
 STEPS_IN_FLIGHT = 2  # how far the host may run ahead of the devices: batches wait in their memory
 
 
@@ -67,6 +70,7 @@ def train(config: Config) -> TrainState:
     )
     check_room(config, program)
     on_lead(lambda: check_outputs(config, metadata))
+    ruler = ruler_of(config, metadata)
     meta = meta_of(config, dataset_fingerprint(metadata))
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(workdir))
@@ -80,7 +84,7 @@ def train(config: Config) -> TrainState:
             say(f"going on from step {int(state.step)} in {workdir}")
         write_description(config, metadata, workdir)
         stop = stack.enter_context(StopSignal())
-        run = Run(config, workdir, mesh, dataset, program, checkpoints, meta, stop)
+        run = Run(config, workdir, mesh, dataset, program, checkpoints, meta, stop, ruler)
         for rollbacks in range(config.train.max_rollbacks + 1):
             state = run.go_on(state)
             if int(state.bad_streak) < config.train.bad_steps:
@@ -107,6 +111,15 @@ def check_outputs(config: Config, metadata: LatentMetadata) -> None:
     check_folder("--train.workdir", config.train.workdir)
 
 
+def ruler_of(config: Config, metadata: LatentMetadata) -> Ruler | None:
+    """What the run is measured by at intervals. Raises ConfigError where it could not be."""
+    if not config.train.evaluate_every:
+        return None
+    from dit_jax.generation.watching import open_watch
+
+    return open_watch(config, metadata)
+
+
 def first_state(config: Config, program: Program, label_names: Sequence[str]) -> TrainState:
     """The state at step 0: fresh, or from the weights of another run."""
     state = program.init()
@@ -127,6 +140,7 @@ class Run:
     checkpoints: Checkpoints
     meta: dict[str, Any]
     stop: StopSignal
+    ruler: Ruler | None
 
     def go_on(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step, a request to stop, or too many bad updates in a row."""
@@ -180,8 +194,7 @@ class Run:
                     # A state whose last update failed is no place to go back to.
                     if last or (due and int(state.bad_streak) == 0):
                         self.checkpoints.save(state, self.meta, loss)
-                    if t.sample_every and (last or step % t.sample_every == 0):
-                        self.sample(state, step)
+                    self.watch(state, step, last, log)
                 if not last and self.stop.requested(step):
                     self.checkpoints.save(state, self.meta, loss)
                     self.checkpoints.wait()
@@ -189,21 +202,37 @@ class Run:
                     break
         return state
 
+    def watch(self, state: TrainState, step: int, last: bool, log: MetricsLog) -> None:
+        """Draw and measure samples of this step where that is due."""
+        for every, do in (
+            (self.config.train.sample_every, lambda: self.sample(state, step)),
+            (self.config.train.evaluate_every, lambda: self.evaluate(state, step, log)),
+        ):
+            if every and (last or step % every == 0):
+                do()
+
     def sample(self, state: TrainState, step: int) -> None:
-        """Write the grid of samples of this step; where that fails, training is not lost with it."""
+        """Write the grid of samples of this step."""
         from dit_jax.generation import write_sample_grid
 
-        try:
+        with _spared("grid of samples", step):
             write_sample_grid(
                 self.workdir / "samples" / f"{step:07d}.png",
                 config=self.config, model=self.program.model, params=state.ema[0],
                 metadata=self.dataset.metadata, mesh=self.mesh,
             )  # fmt: skip
-        except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
-            # A full disk, values that are not finite, too little memory. What else XLA says is not about samples.
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            say(f"no grid of samples at step {step}: {str(error).splitlines()[0]}")
+
+    def evaluate(self, state: TrainState, step: int, log: MetricsLog) -> None:
+        """Measure the averaged weights of this step, as a line of the log."""
+        from dit_jax.generation import watching
+
+        assert self.ruler is not None
+        with _spared("evaluation", step):
+            found = watching.measure(
+                config=self.config, model=self.program.model, params=state.ema[0],
+                metadata=self.dataset.metadata, mesh=self.mesh, ruler=self.ruler, workdir=self.workdir,
+            )  # fmt: skip
+            log.write(step, found)
 
     def last_good(self, failed: TrainState) -> TrainState:
         """The newest checkpoint, or the start, with data from after the step that failed."""
@@ -212,3 +241,15 @@ class Run:
             self.config, self.program, self.dataset.metadata.label_names
         )
         return dataclasses.replace(state, data_offset=failed.step + failed.data_offset - state.step)
+
+
+@contextlib.contextmanager
+def _spared(what: str, step: int) -> Iterator[None]:
+    """Where the block fails for want of room or of finite values, this is said, and training is not lost with it."""
+    try:
+        yield
+    except (OSError, FloatingPointError, jax.errors.JaxRuntimeError) as error:
+        # A full disk, values that are not finite, too little memory. What else XLA says is not about samples.
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        say(f"no {what} at step {step}: {str(error).splitlines()[0]}")

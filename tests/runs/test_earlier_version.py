@@ -45,6 +45,7 @@ def test_its_samples_are_the_same(earlier, monkeypatch):
     folder, expected = earlier
     monkeypatch.setattr(command, "load_decoder", lambda *_: lambda latents: latents)
     options = expected["sampling"] | {"workdir": str(folder / "run"), "npz": str(folder / "samples.npz")}
+    options["sampler"] = "ddim"  # the default then
     assert command.main(SampleArgs(**options)) == 0
     with np.load(folder / "latents.npz") as recorded, np.load(folder / "samples.npz") as found:
         np.testing.assert_allclose(found["arr_0"], recorded["latents"], rtol=1e-5, atol=1e-5)

@@ -93,7 +93,7 @@ def load_reference(
 def _of_originals(split: str) -> Reference:
     """The digits as they were, 8x8 pixels: what their referee's features of pictures are features of."""
     if split not in ("train", "test"):
-        raise ConfigError(f"--split is {split}; expected train or test, the splits of the digits")
+        raise ConfigError(f"--split is {split!r}; expected train or test for the digits")
     pixels = digits.load_originals("test" if split == "test" else "train")[0]
     found = hashlib.sha256(pixels.tobytes()).hexdigest()
     statistics = RunningStatistics(pixels.shape[1])

@@ -129,9 +129,8 @@ class Parts:
 
     def _there(self) -> list[tuple[int, int]]:
         """(start, stop) of the parts, in order."""
-        names = (
-            name.removesuffix(".npz").split("-") for name in os.listdir(self.folder) if name[0].isdigit()
-        )
+        files = (name for name in os.listdir(self.folder) if name[0] != "." and name.endswith(".npz"))
+        names = (name.removesuffix(".npz").split("-") for name in files)
         return sorted((int(start), int(stop)) for start, stop in names)
 
     def _missing(self) -> list[tuple[int, int]]:

@@ -121,6 +121,7 @@ def test_parts_of_another_command_are_refused(tiny_run, tmp_path, monkeypatch):
     folder = parts_of(tmp_path / "s.npz")
     with Parts("--npz", folder, json.loads((folder / "recipe.json").read_text()), 44) as parts:
         assert parts.missing == []
+        (folder / "64f7-a.json").write_text("")  # a result, named by a hash, is no part
         with pytest.raises(ConfigError, match="--npz: another command is filling"):
             sample(tiny_run, tmp_path / "s.npz")
     (folder / "recipe.json").write_text("[")

@@ -95,21 +95,18 @@ def table(found: Mapping[Any, Sequence[Line]]) -> str:
     )  # fmt: skip
 
 
-def best_for_compute(plain: Sequence[Curve], budgets: int = 6) -> list[str]:
-    """For budgets of training compute, which network has the least distance; networks that can spend as much, by
-    interpolation between their measurements."""
-    least = max(min(c.step_macs * c.steps[0] for c in plain), 1)
-    most = max(c.step_macs * c.steps[-1] for c in plain)
-    lines = ["training compute (MACs): the best network that has spent it, and its distance"]
+def best_for_compute(plain: Sequence[Curve], budgets: int = 8) -> list[str]:
+    """For budgets of training compute, the least distance that was measured within it, and which network's."""
+    points = [
+        (int(step) * c.step_macs, float(distance), c.name, int(step))
+        for c in plain
+        for step, distance in zip(c.steps, c.distance, strict=True)
+    ]
+    least, most = min(points)[0], max(points)[0]
+    lines = ["training compute (MACs), the best network within it, its distance and steps"]
     for budget in np.geomspace(least, most, budgets):
-        able = {}
-        for c in plain:
-            spent = c.step_macs * c.steps
-            if spent[0] * 0.999 <= budget <= spent[-1] * 1.001:
-                able[c.name] = float(np.exp(np.interp(np.log(budget), np.log(spent), np.log(c.distance))))
-        if able:
-            best = min(able, key=lambda name: able[name])
-            lines.append(f"  {budget:8.2e}  {best:8} {able[best]:6.1f}  (of {', '.join(able)})")
+        _, distance, name, step = min((p for p in points if p[0] <= budget * 1.001), key=lambda p: p[1])
+        lines.append(f"  {budget:8.2e}  {name:8} {distance:6.1f} {step:7}")
     return lines
 
 

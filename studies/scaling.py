@@ -3,13 +3,15 @@
     python studies/scaling.py --out runs/scaling
     python studies/scaling.py --config configs/dit_xl2_imagenet256.py --sizes S B L XL --patches 8 4 2 \\
         --conditioning-at XL/2 --seeds 1 --steps 400000 --points 8 --learning-rate 1e-4 --samples 50000 \\
-        --sampler ddpm --sampling-steps 250 --reference VIRTUAL_imagenet256_labeled.npz --out runs/scaling_imagenet
+        --sampler ddpm --sampling-steps 250 --reference VIRTUAL_imagenet256_labeled.npz --out runs/scaling_imagenet \\
+        --data.dir /data/imagenet256 --compute.dtype bfloat16
 
 Trains every size at every patch size, and the four conditionings at one size, with each seed; measures the averaged
 weights at equal intervals, without guidance, as the paper does; and draws quality against steps, against the
 arithmetic of a forward pass, against parameters, and against the arithmetic of the training. A size is a width, with
---depth blocks, or a letter of the paper's table. The runs are the trainer's own, each in a folder below --out; the
-same command goes on where it was stopped. Tables and pictures are drawn anew after every run, from what there is.
+--depth blocks, or a letter of the paper's table; further options are train.py's, for all runs. The runs are the
+trainer's own, each in a folder below --out; the same command goes on where it was stopped. Tables and pictures are
+drawn anew after every run, from what there is. Several processes join as those of train.py do.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import figures
+import jax
 import tqdm
 from quality import quality_of
 
 from dit_jax.compiler import keep_compiled_programs
-from dit_jax.config import Config, ConfigError, load, resolve
+from dit_jax.config import Config, ConfigError, parse_args, resolve
 from dit_jax.models import cost
+from dit_jax.processes import end, on_lead
+from dit_jax.training import launch
 from dit_jax.training.loop import train
 
 CONDITIONINGS = ("adaln_zero", "adaln", "cross_attention", "in_context")
@@ -89,11 +94,14 @@ def options() -> argparse.Namespace:
         help="folder of runs, tables, pictures",
     )
     add("--only-draw", action="store_true", help="train nothing: tables and pictures of what there is")
-    args = parser.parse_args()
+    join, rest, _ = launch.parse_join(program="scaling.py")
+    args, of_training = parser.parse_known_args(rest)
+    args.join = join
     if args.points < 1 or args.steps % args.points:
         parser.error(f"--steps is {args.steps}; expected a multiple of --points, {args.points}")
     if args.seeds < 1:
         parser.error(f"--seeds is {args.seeds}; expected 1 or more")
+    args.recipe = parse_args(["--config", args.config, *of_training], program="scaling.py")
     return args
 
 
@@ -110,7 +118,7 @@ def family(args: argparse.Namespace) -> Iterator[Member]:
 
 def config_of(member: Member, args: argparse.Namespace) -> Config:
     """The recipe with this network, seed and length; a ConfigError names what does not fit."""
-    recipe = load(args.config)
+    recipe = args.recipe
     size: dict[str, Any] = {"name": f"DiT-{member.size}/{member.patch_size}", "depth": None, "hidden_size": None,
                             "num_heads": None, "patch_size": None}  # fmt: skip
     if member.size.isdecimal():
@@ -138,7 +146,8 @@ def measure(member: Member, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One line for each measurement of a run; trains it, and measures, what is not there yet."""
     config = config_of(member, args)
     file = args.out / member.folder / "quality.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    text = on_lead(lambda: file.read_text() if file.is_file() else "")
+    lines = [json.loads(line) for line in text.splitlines()]
     asked = {"samples": args.samples, "sampler": args.sampler, "sampling_steps": args.sampling_steps}
     done = {line["step"]: line for line in lines if line.items() >= asked.items()}
     points = range(args.steps // args.points, args.steps + 1, args.steps // args.points)
@@ -154,28 +163,33 @@ def measure(member: Member, args: argparse.Namespace) -> list[dict[str, Any]]:
     for step in points:
         if step not in done:
             done[step] = {"step": step, **asked, **quality_of(config, step, args), **known}
-            with file.open("a") as out:
-                out.write(json.dumps(done[step]) + "\n")
+            if jax.process_index() == 0:
+                with file.open("a") as out:
+                    out.write(json.dumps(done[step]) + "\n")
     return [done[step] for step in points]
 
 
 def main() -> None:
-    args = options()
     keep_compiled_programs()
     try:
+        args = options()
+        launch.initialize(args.join)
+        lead = jax.process_index() == 0
         members = list(family(args))
         for member in members:
             config_of(member, args)  # what does not fit is said before hours of training
         found: dict[Member, list[dict[str, Any]]] = {}
-        with tqdm.tqdm(members, unit="run", position=1, disable=args.only_draw) as bar:
+        with tqdm.tqdm(members, unit="run", position=1, disable=args.only_draw or not lead) as bar:
             for member in bar:
                 bar.set_description(member.folder)
                 if lines := measure(member, args):
                     found[member] = lines
+                if lead and lines:
                     figures.draw(found, args.out, pathlib.Path(args.config).stem)
     except ConfigError as error:
-        raise SystemExit(f"scaling.py: {error}") from None
-    print(figures.table(found))
+        raise SystemExit(end(launch.EXIT_BAD_OPTION, f"scaling.py: {error}")) from None
+    if lead:
+        print(figures.table(found) if found else f"{args.out} holds no measurements")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,21 @@ def test_a_letter_is_a_size_of_the_paper(scaling, args):
     assert (config.model.depth, config.model.hidden_size, config.model.patch_size) == (12, 768, 4)
 
 
+def test_further_options_are_those_of_training(scaling, args, capsys):
+    options = args(
+        "--config", "configs/dit_xl2_imagenet256.py", "--data.dir", "elsewhere", "--compute.dtype", "bfloat16"
+    )
+    config = scaling.config_of(scaling.Member("S", 8, "adaln", 2), options)
+    assert (config.data.dir, config.compute.dtype, config.model.num_classes) == (
+        "elsewhere",
+        "bfloat16",
+        1000,
+    )
+    with pytest.raises(SystemExit) as ended:
+        args("--sizes", "24", "--no-such-option", "3")
+    assert ended.value.code == 2 and "--no-such-option" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_said_before_training(scaling, args):
     with pytest.raises(ConfigError, match="patch"):
         scaling.config_of(scaling.Member("32", 3, "adaln_zero", 0), args())

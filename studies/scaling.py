@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import time
@@ -101,6 +102,8 @@ def options() -> argparse.Namespace:
         parser.error(f"--steps is {args.steps}; expected a multiple of --points, {args.points}")
     if args.seeds < 1:
         parser.error(f"--seeds is {args.seeds}; expected 1 or more")
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("the pictures need matplotlib; expected it to be installed")
     args.recipe = parse_args(["--config", args.config, *of_training], program="scaling.py")
     return args
 

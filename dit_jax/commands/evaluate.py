@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import tyro
 
 from dit_jax.commands import EXIT_BAD_OPTION
 from dit_jax.config import ConfigError
+from dit_jax.evaluation.options import CompareArgs
 
 
 @dataclass(frozen=True)
-class EvaluateArgs:
+class EvaluateArgs(CompareArgs):
     """Measure samples against a reference, the digits run's against the real digits without one, or the likelihood of
     latents under any run."""
 
     npz: str = "runs/digits/samples.npz"
     """Samples as sample.py --npz writes them: pictures and the classes asked for."""
-    reference: str | None = None
-    """What samples are compared with by FID, sFID, Inception Score, precision, recall and KID: an .npz of the ADM
-    evaluator (arr_0, mu, sigma, mu_s, sigma_s, or some of them), a folder of pictures or of prepare.py, digits,
-    folder:PATH, npz:PATH or tfds:NAME."""
-    split: str = "train"
-    """Split of a reference that is a TFDS dataset or the digits."""
-    features: Literal["inception", "digits"] | None = None
-    """Features to compare (default: inception where its weights are named, else digits where the reference is)."""
-    inception: str | None = None
-    """File of the Inception weights, pt_inception-2015-12-05-6726825d.pth or the same as .safetensors (default:
-    $DIT_JAX_INCEPTION)."""
-    convention: Literal["adm", "pytorch-fid"] = "adm"
-    """How pictures are resized for it: as the ADM evaluator and torch-fidelity do, or as pytorch-fid does."""
     vae: str | None = None
     """Where the autoencoder of a reference made by prepare.py lies, if it has moved: a diffusers folder or hub id."""
     out: str | None = None
@@ -78,27 +64,18 @@ def _draws(args: Sequence[str]) -> bool:
 
 def _score(program: str, args: Sequence[str]) -> int:
     """Draw samples and print their metrics. When one process of several fails, all end with its code."""
-    from dit_jax import processes
-    from dit_jax.compiler import keep_compiled_programs
+    from dit_jax.commands.drawing import run_drawing
     from dit_jax.generation import scoring
-    from dit_jax.training import launch
 
-    keep_compiled_programs()
-    try:
-        join, rest, join_help = launch.parse_join(args, program)
-        description = f"Measure a run: {program} --workdir runs/digits --num-samples 50000\n\n{join_help}"
-        options = tyro.cli(scoring.ScoreArgs, args=rest, prog=program, description=description)
-        launch.initialize(join)
+    def do(options: scoring.ScoreArgs, join: Callable[[], None]) -> int:
+        join()
         for found in scoring.main(options):
             scale = (found.provenance.guidance or {}).get("scale")
             print(f"guidance {scale}: {found.table()}" if len(options.cfg_scale) > 1 else found.table())
-    except ConfigError as error:
-        return processes.end(EXIT_BAD_OPTION, f"{program}: {error}")
-    except FloatingPointError as error:
-        return processes.end(launch.EXIT_FAILED, f"{program}: {error}")
-    except Exception:
-        return processes.end(launch.EXIT_FAILED, traceback.format_exc())
-    return 0
+        return 0
+
+    example = f"{program} --workdir runs/digits --num-samples 50000"
+    return run_drawing(program, args, scoring.ScoreArgs, f"Measure a run: {example}", do)
 
 
 def _measured(o: EvaluateArgs) -> str:

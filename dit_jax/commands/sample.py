@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import tyro
-
-from dit_jax import processes
-from dit_jax.commands import EXIT_BAD_OPTION
-from dit_jax.compiler import keep_compiled_programs
+from dit_jax.commands.drawing import run_drawing
 from dit_jax.config import ConfigError, load, resolve
 from dit_jax.generation import command
 from dit_jax.generation.sampling import check_sampling
 from dit_jax.models.create import build_model
-from dit_jax.training import launch
 
 
 def main(program: str, args: Sequence[str]) -> int:
     """Exit code 0: the files are written; 1: failed; 2: bad option; 4: does not fit the chips of --compile-for. When
     one process of several fails, all end with its code."""
-    keep_compiled_programs()
-    try:
-        join, rest, join_help = launch.parse_join(args, program)
-        description = (
-            f"Draw pictures from a trained run: {program} --workdir runs/digits --num-samples 64 --out grid.png"
-            f"\n\n{join_help}"
-        )
-        options = tyro.cli(command.SampleArgs, args=rest, prog=program, description=description)
+
+    def do(options: command.SampleArgs, join: Callable[[], None]) -> int:
         if options.compile_for:
             return _compile_for(program, options, options.compile_for)
-        launch.initialize(join)
+        join()
         return command.main(options)
-    except ConfigError as error:
-        return processes.end(EXIT_BAD_OPTION, f"{program}: {error}")
-    except FloatingPointError as error:
-        return processes.end(launch.EXIT_FAILED, f"{program}: {error}")
-    except Exception:
-        return processes.end(launch.EXIT_FAILED, traceback.format_exc())
+
+    example = f"{program} --workdir runs/digits --num-samples 64 --out grid.png"
+    return run_drawing(program, args, command.SampleArgs, f"Draw pictures from a trained run: {example}", do)
 
 
 def _compile_for(program: str, args: command.SampleArgs, topology: str) -> int:

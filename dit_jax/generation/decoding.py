@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.config import ConfigError
+from dit_jax.config import Config, ConfigError
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.memory import device_memory
 from dit_jax.models.autoencoder_kl import AutoencoderKL, from_latents
@@ -102,6 +102,16 @@ def load_decoder(
     """
     vae_model, params = load_vae(metadata, vae)
     return make_decoder(vae_model, params, metadata.scaling_factor, metadata.shift_factor, at_once)
+
+
+def check_decoder(option: str, value: int, config: Config, metadata: LatentMetadata) -> None:
+    """Raises ConfigError, naming the option that asks a run for pictures, where there could be none."""
+    try:
+        load_decoder(metadata, config.data.vae or None)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{option} is {value}, but {error}; expected 0, or --data.vae, where the autoencoder lies"
+        ) from None
 
 
 def load_vae(

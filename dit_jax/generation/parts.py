@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 from dit_jax.files import whole_file, write_whole
 from dit_jax.processes import on_lead
+from dit_jax.runs.checkpoint import say
 
 RECIPE = "recipe.json"
 
@@ -56,6 +58,7 @@ class Parts:
             with contextlib.ExitStack() as held:
                 self._lock(option, held)
                 self._check(option, json.loads(json.dumps(recipe)))
+                self._drop_damaged()
                 self._held = held.pop_all()
             return self._missing()
 
@@ -63,10 +66,16 @@ class Parts:
         """(start, stop) of the runs of samples that are not there yet, in order, as the folder was found."""
 
     def put(self, start: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep arrays (b, ...) of samples start to start + b - 1."""
+        """Keep arrays (b, ...) of samples start to start + b - 1. Raises OSError, naming the folder."""
         stop = start + len(next(iter(arrays.values())))
-        with whole_file(self.folder / f"{start:010d}-{stop:010d}.npz") as beside, beside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
+        try:
+            with whole_file(self._file(start, stop)) as beside, beside.open("wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+        except OSError as error:
+            raise OSError(
+                f"{self.folder} cannot be written to ({error.strerror or error}); what lies there stays, "
+                "and the same command goes on with it"
+            ) from error
 
     def read(self, first: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """The arrays of one part after the other, in the order of samples: of all, or of the first ones."""
@@ -76,12 +85,36 @@ class Parts:
                 break
             if start > at:
                 break
-            with np.load(self.folder / f"{start:010d}-{stop:010d}.npz", allow_pickle=False) as found:
-                # Parts overlap where a command went on with batches of another size.
-                yield {name: found[name][at - start : end - start] for name in found.files}
+            # Parts overlap where a command went on with batches of another size.
+            yield {name: array[at - start : end - start] for name, array in self._load(start, stop).items()}
             at = min(stop, end)
         if at < end:
             raise FileNotFoundError(f"{self.folder} has no samples {at} and on; expected {end}")
+
+    def _load(self, start: int, stop: int) -> dict[str, np.ndarray]:
+        file = self._file(start, stop)
+        try:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
+                return dict(found)
+        except Exception as error:  # readers of damaged files raise nearly anything
+            raise ConfigError(
+                f"{file} cannot be read ({error}); expected it as it was written: remove it, and the same command "
+                "draws its samples again"
+            ) from None
+
+    def _file(self, start: int, stop: int) -> pathlib.Path:
+        return self.folder / f"{start:010d}-{stop:010d}.npz"
+
+    def _drop_damaged(self) -> None:
+        """Take away parts that are cut off, so that they are made again. Only their lists of contents are read."""
+        for start, stop in self._there():
+            file = self._file(start, stop)
+            try:
+                with file.open("rb") as opened, np.load(opened, allow_pickle=False):
+                    pass
+            except Exception as error:
+                say(f"warning: {file} cannot be read ({error}); its samples are drawn again")
+                file.unlink()
 
     def clear(self) -> None:
         """Take the parts away, by process 0: a result that was made of them stands in their place."""
@@ -129,9 +162,8 @@ class Parts:
 
     def _there(self) -> list[tuple[int, int]]:
         """(start, stop) of the parts, in order."""
-        files = (name for name in os.listdir(self.folder) if name[0] != "." and name.endswith(".npz"))
-        names = (name.removesuffix(".npz").split("-") for name in files)
-        return sorted((int(start), int(stop)) for start, stop in names)
+        names = (re.fullmatch(r"(\d{10})-(\d{10})\.npz", name) for name in os.listdir(self.folder))
+        return sorted((int(name[1]), int(name[2])) for name in names if name)
 
     def _missing(self) -> list[tuple[int, int]]:
         at, missing = 0, []

@@ -28,7 +28,7 @@ from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.guidance import SCHEDULES, autoguidance, classifier_free_guidance
 from dit_jax.diffusion.process import DenoiseFn, Network, Process
 from dit_jax.diffusion.samplers import sample_keys, start_noise
-from dit_jax.generation.decoding import Decoder, load_decoder
+from dit_jax.generation.decoding import Decoder, check_decoder, load_decoder
 from dit_jax.generation.decoding import load_vae as load_vae
 from dit_jax.generation.decoding import make_decoder as make_decoder
 from dit_jax.generation.room import check_pictures
@@ -281,13 +281,7 @@ def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:
     """Raises ConfigError, before a run starts, where its grids of samples could not be decoded or held."""
     count = config.train.sample_count
     check_pictures("--train.sample-count", count, count, metadata.image_size)
-    try:
-        load_decoder(metadata, config.data.vae or None)
-    except ConfigError as error:
-        raise ConfigError(
-            f"--train.sample-every is {config.train.sample_every}, but {error}; expected 0, or --data.vae, where the "
-            "autoencoder lies"
-        ) from None
+    check_decoder("--train.sample-every", config.train.sample_every, config, metadata)
 
 
 def watching(config: Config, model: DiT) -> SamplingOptions:

@@ -22,6 +22,7 @@ from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.features import FeatureExtractor, Features
 from dit_jax.evaluation.metrics import FILE as FILE
 from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
+from dit_jax.evaluation.options import CompareArgs
 from dit_jax.evaluation.references import Reference, load_reference
 from dit_jax.evaluation.report import FeatureName, choose_extractor, compares_with_digits
 from dit_jax.evaluation.samples import Provenance
@@ -50,7 +51,7 @@ _OF_THE_METRICS = {"reference", "split", "inception", "plot"}
 
 
 @dataclass(frozen=True)
-class ScoreArgs(DrawArgs):
+class ScoreArgs(CompareArgs, DrawArgs):
     """Draw samples of a run and measure them against a reference; nothing but their features is kept."""
 
     workdir: str = "runs/digits"
@@ -59,17 +60,6 @@ class ScoreArgs(DrawArgs):
     """Samples."""
     cfg_scale: list[float] = field(default_factory=lambda: [1.5])
     """Guidance scale, 1 for none; several are measured one after the other and drawn as a curve."""
-    reference: str | None = None
-    """What samples are compared with: as of --npz (default: the digits, of a run on them)."""
-    split: str = "train"
-    """Split of a reference that is a TFDS dataset or the digits."""
-    features: Literal["inception", "digits"] | None = None
-    """Features to compare (default: inception where its weights are named, else digits where the reference is)."""
-    inception: str | None = None
-    """File of the Inception weights, pt_inception-2015-12-05-6726825d.pth or the same as .safetensors (default:
-    $DIT_JAX_INCEPTION)."""
-    convention: Literal["adm", "pytorch-fid"] = "adm"
-    """How pictures are resized for it: as the ADM evaluator and torch-fidelity do, or as pytorch-fid does."""
     plot: str | None = None
     """With several scales: PNG file for the curve (default: WORKDIR/guidance.png)."""
 
@@ -149,20 +139,12 @@ def main(args: ScoreArgs) -> list[Evaluation]:
     params, guide_model, steps = networks(args, run, guide, mesh)
     condition = conditions(named, args, args.num_samples)
     decoder = load_decoder(run.metadata, args.vae, args.decode_batch)
+    first = Source(
+        model, params, run.config, every[0], condition, decoder, mesh, args.seed, args.batch_size, guide_model
+    )
     results = []
     for options in every:
-        source = Source(
-            model,
-            params,
-            run.config,
-            options,
-            condition,
-            decoder,
-            mesh,
-            args.seed,
-            args.batch_size,
-            guide_model,
-        )
+        source = dataclasses.replace(first, options=options)
         decides = _recipe(args, run, steps, options.cfg_scale, ruler.extractor)
         came_from = provenance(args, run, options, steps["step"])
         results += _measure(run, on_own_devices(source), decides, ruler, came_from)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dit_jax.config import Config, ConfigError
+from dit_jax.config import Config
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.frechet import frechet_of
-from dit_jax.generation.decoding import load_decoder
+from dit_jax.generation.decoding import check_decoder, load_decoder
 from dit_jax.generation.parts import Parts
 from dit_jax.generation.sampling import watching
 from dit_jax.generation.scoring import Ruler, features_of_parts, open_ruler
@@ -27,13 +27,7 @@ def open_watch(config: Config, metadata: LatentMetadata) -> Ruler:
 
     Raises ConfigError where it could not be: no reference, no weights for the features, no autoencoder.
     """
-    try:
-        load_decoder(metadata, config.data.vae or None)
-    except ConfigError as error:
-        raise ConfigError(
-            f"--train.evaluate-every is {config.train.evaluate_every}, but {error}; expected 0, or --data.vae, where "
-            "the autoencoder lies"
-        ) from None
+    check_decoder("--train.evaluate-every", config.train.evaluate_every, config, metadata)
     return open_ruler("--train.evaluate-reference", config.train.evaluate_reference or None, metadata)
 
 

@@ -9,10 +9,7 @@ product outside the loop: they depend on the conditioning vector alone.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,12 +23,13 @@ from dit_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, patchify,
 from dit_jax.models.kernels.fused_norm import check_norm_kernel
 from dit_jax.models.layers import layers
 from dit_jax.models.linear import Linear
+from dit_jax.models.on_patches import OnPatches
 from dit_jax.models.parts import Parts
 
 Array = jax.Array
 
 
-class DiT(nn.Module):
+class DiT(OnPatches, nn.Module):
     """Diffusion Transformer: predicts noise (and a variance) from a noised latent, a timestep and a label.
 
     Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
@@ -52,33 +50,6 @@ class DiT(nn.Module):
     conditioning: str = "adaln_zero"
     compute: Compute = Compute()
     parts: Parts = Parts()
-
-    def computed(self, **options: Any) -> DiT:
-        """The same network, computed with these options of `Compute`."""
-        return self.clone(compute=dataclasses.replace(self.compute, **options))
-
-    def plain(self) -> DiT:
-        """The same network without kernels and derivatives written by hand.
-
-        It is what kernels are compared with, and has forward-mode derivatives (`jax.jvp`).
-        """
-        return self.clone(compute=self.compute.plainly())
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """(H, W) of the latent."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        h, w = self.latent_size
-        return h // self.patch_size, w // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Patches of a latent."""
-        return math.prod(self.grid_size)
 
     @property
     def head_dim(self) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +25,7 @@ from dit_jax.models.embeddings import TimestepEmbedder, cropped_positions, patch
 from dit_jax.models.joint_blocks import DUAL, LAST_TEXT, PICTURE, TEXT, JointBlock
 from dit_jax.models.layers import layers
 from dit_jax.models.linear import Linear
+from dit_jax.models.on_patches import OnPatches
 from dit_jax.models.parts import LAYER_NORM
 
 Array = jax.Array
@@ -49,7 +49,7 @@ class Group:
     vectors: dict[str, int]
 
 
-class MMDiT(nn.Module):
+class MMDiT(OnPatches, nn.Module):
     """Predicts the velocity from a noised latent, its time, and a text: tokens and a pooled vector.
 
     Attributes: `input_size` the latent's side or (H, W); `num_heads` None for heads of 64 channels; `dual_blocks` how
@@ -78,30 +78,6 @@ class MMDiT(nn.Module):
             raise ConfigError(f"the model's name is {name!r}; expected one of {', '.join(MMDIT_SIZES)}")
         size = MMDIT_SIZES[name]
         return cls(**{"hidden_size": HEAD_DIM * size["depth"], **size, **options})
-
-    def computed(self, **options: Any) -> MMDiT:
-        """The same network, computed with these options of `Compute`."""
-        return self.clone(compute=dataclasses.replace(self.compute, **options))
-
-    def plain(self) -> MMDiT:
-        """The same network without kernels and derivatives written by hand, for forward-mode derivatives."""
-        return self.clone(compute=self.compute.plainly())
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """(H, W) of the latent."""
-        return (self.input_size, self.input_size) if isinstance(self.input_size, int) else self.input_size
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        h, w = self.latent_size
-        return h // self.patch_size, w // self.patch_size
-
-    @property
-    def num_tokens(self) -> int:
-        """Patches of a latent."""
-        return math.prod(self.grid_size)
 
     @property
     def heads(self) -> int:

@@ -1,5 +1,6 @@
 """Samples by the thousand: parts that go on, the same samples in whatever parts and by whatever processes."""
 
+import errno
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dit_jax.commands import sample as sample_command
 from dit_jax.config import ConfigError
 from dit_jax.evaluation.samples import load_provenance, write_samples
 from dit_jax.generation import command, stream
@@ -100,6 +102,55 @@ def test_another_batch_size_goes_on_with_the_same_parts(tiny_run, undisturbed, t
     np.testing.assert_array_equal(found[4:8], 255 - part[4:8])
     rest = np.r_[0:4, 8:44]
     assert np.abs(found[rest] - part[rest]).max() <= 1
+
+
+def test_a_part_that_is_cut_off_is_made_again_and_a_changed_one_is_named(tmp_path, capsys):
+    images = np.arange(6 * 300, dtype=np.uint8).reshape(6, 300)
+
+    def parts():
+        return Parts("--npz", tmp_path / "p", {"seed": 0}, 6)
+
+    with parts() as found:
+        found.put(0, {"images": images[:3]})
+        found.put(3, {"images": images[3:]})
+    first, second = (tmp_path / "p" / f"000000000{i}-000000000{i + 3}.npz" for i in (0, 3))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:200])
+    (tmp_path / "p" / "notes.npz").write_text("somebody's own")
+    with parts() as found:
+        assert found.missing == [(0, 3)] and not first.exists()
+    assert f"warning: {first} cannot be read" in capsys.readouterr().err
+    first.write_bytes(whole)
+    with parts() as found:
+        assert found.missing == []
+        np.testing.assert_array_equal(np.concatenate([part["images"] for part in found.read()]), images)
+        changed = bytearray(second.read_bytes())
+        changed[500] ^= 1
+        second.write_bytes(changed)
+        with pytest.raises(
+            ConfigError, match=f"{second.name} cannot be read .*: remove it, and the same command"
+        ):
+            list(found.read())
+
+
+def test_a_disk_that_is_full_by_now_ends_in_one_sentence(tiny_run, tmp_path, monkeypatch, capsys):
+    put, count = np.savez, []
+
+    def full(*args, **arrays):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(*args, **arrays)
+
+    options = ["--workdir", str(tiny_run), "--npz", str(tmp_path / "s.npz")]
+    options += [part for name, value in FEW.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    monkeypatch.setattr(np, "savez", full)
+    assert sample_command.main("sample.py", options) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        f"sample.py: {tmp_path / 's.npz.parts'} cannot be written to (No space left on device);"
+    )
+    assert sample_command.main("sample.py", options) == 0 and (tmp_path / "s.npz").is_file()
 
 
 def test_parts_of_another_command_are_refused(tiny_run, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from dit_jax.config import ConfigError, from_json, to_json
 from dit_jax.evaluation.features import FeatureExtractor
-from dit_jax.generation import scoring, watching
+from dit_jax.generation import decoding, scoring, watching
 from dit_jax.runs.log import read_lines
 from dit_jax.training.loop import train
 
@@ -23,7 +23,8 @@ def config(tiny, latents, tmp_path, monkeypatch):
     def pictures(latents):
         return (jnp.clip(latents, -1, 1) * 127 + 128).astype("uint8")
 
-    monkeypatch.setattr(watching, "load_decoder", lambda *_: pictures)
+    for module in (watching, decoding):
+        monkeypatch.setattr(module, "load_decoder", lambda *_: pictures)
 
     def run(images):
         return {
@@ -94,7 +95,7 @@ def test_a_run_that_cannot_be_measured_is_refused_before_it_starts(tiny, latents
         ConfigError, match=r"--train.evaluate-every is 2, but the dataset's autoencoder cannot be"
     ):
         train(make())
-    monkeypatch.setattr(watching, "load_decoder", lambda *_: None)
+    monkeypatch.setattr(decoding, "load_decoder", lambda *_: None)
     with pytest.raises(
         ConfigError, match=r"--train.evaluate-reference is missing and the run's data are random"
     ):

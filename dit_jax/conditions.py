@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.config import ConfigError, ModelConfig
+from dit_jax.config import Config, ConfigError
+from dit_jax.config.text import BYTES, CLIP_LENGTH, SD3
 
 Condition = dict[str, Any]
 
@@ -30,24 +31,14 @@ class Field:
     dtype: Any = np.int32
 
 
-@dataclass(frozen=True)
-class LabelCondition:
-    """The class of a sample, {"label": (B,) int32}; the number after the last class stands for none."""
+class _Arrays:
+    """A condition's arrays, of which `fields` tells name, shape and type."""
 
-    num_classes: int
-    """0 for an unconditional network, which is given labels and ignores them."""
-    class_dropout_prob: float = 0.0
-    """Share of training labels replaced by the null."""
-
-    fields: ClassVar[dict[str, Field]] = {"label": Field()}
-    table: ClassVar[str] = "y_embed/embedding"
-    """The network's parameter with a row for each class, and one for the null where labels are dropped."""
-
-    # ------------------------------------------------------------------------------------------- arrays
+    fields: ClassVar[Any]
 
     def tree(self, condition: Any) -> Condition:
-        """The condition as its dict; a plain array of labels is one."""
-        return dict(condition) if isinstance(condition, Mapping) else {"label": condition}
+        """The condition as its dict."""
+        return dict(condition)
 
     def on_host(self, condition: Any) -> dict[str, np.ndarray]:
         """The condition as NumPy arrays."""
@@ -68,6 +59,24 @@ class LabelCondition:
     def of(self, batch: Mapping[str, Any]) -> Condition:
         """The condition in a batch of data."""
         return {name: batch[name] for name in self.fields}
+
+
+@dataclass(frozen=True)
+class LabelCondition(_Arrays):
+    """The class of a sample, {"label": (B,) int32}; the number after the last class stands for none."""
+
+    num_classes: int
+    """0 for an unconditional network, which is given labels and ignores them."""
+    class_dropout_prob: float = 0.0
+    """Share of training labels replaced by the null."""
+
+    fields: ClassVar[dict[str, Field]] = {"label": Field()}
+    table: ClassVar[str] = "y_embed/embedding"
+    """The network's parameter with a row for each class, and one for the null where labels are dropped."""
+
+    def tree(self, condition: Any) -> Condition:
+        """The condition as its dict; a plain array of labels is one."""
+        return dict(condition) if isinstance(condition, Mapping) else {"label": condition}
 
     # ----------------------------------------------------------------------------- the null and dropping
 
@@ -108,7 +117,7 @@ class LabelCondition:
             bad, highest = condition["label"][wrong][0], max(self.num_classes - 1, 0)
             raise ConfigError(f"--labels names class {bad}; expected 0 to {highest}")
 
-    def check_data(self, stored: LabelCondition, where: str) -> None:
+    def check_data(self, stored: AnyCondition, where: str) -> None:
         """Raises ConfigError where the records of a dataset, named by `where`, do not hold this condition."""
         if self.num_classes not in (0, stored.num_classes):
             raise ConfigError(
@@ -117,9 +126,154 @@ class LabelCondition:
             )
 
 
-def condition_of(model: ModelConfig) -> LabelCondition:
-    """The kind of condition of a network with this config."""
-    return LabelCondition(model.num_classes, model.class_dropout_prob)
+@dataclass(frozen=True)
+class TextCondition(_Arrays):
+    """The caption of a sample, up to M tokens of it.
+
+    Of the encoder `bytes`, which is a part of the network: {"tokens": (B, M) int32}, 1 first, then each byte of the
+    caption's UTF-8 plus 2, then 0. Of others {"context": (B, M, E) float, "mask": (B, M) bool, which tokens there
+    are}, and where their output is pooled {"pooled": (B, F) float}. An empty caption is the null, and so are zeros.
+    """
+
+    encoder: str
+    length: int
+    channels: int = 0
+    pooled: int = 0
+    dropout: float = 0.0
+    """Share of training captions replaced by the null."""
+    clip_widths: tuple[int, int] = (0, 0)
+    """Of sd3: channels of the two encoders that share the first CLIP_LENGTH tokens and the pooled output."""
+    encoder_dropout: float = 0.0
+    """Of sd3: share of training captions replaced by the null of each encoder on its own."""
+
+    table: ClassVar[str] = ""
+    num_classes: ClassVar[int] = 0
+    class_dropout_prob: ClassVar[float] = 0.0
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Name, shape and type of each array."""
+        if self.encoder == BYTES:
+            return {"tokens": Field((self.length,), np.int32)}
+        found = {
+            "context": Field((self.length, self.channels), np.float32),
+            "mask": Field((self.length,), np.bool_),
+        }
+        return found | ({"pooled": Field((self.pooled,), np.float32)} if self.pooled else {})
+
+    @property
+    def has_null(self) -> bool:
+        """Whether the network was trained to do without."""
+        return self.dropout > 0 or self.encoder_dropout > 0
+
+    @property
+    def null(self) -> Condition:
+        """What stands in the place of a sample's condition; each value broadcasts to a sample's part."""
+        if self.encoder == BYTES:
+            return {"tokens": np.asarray([START] + [0] * (self.length - 1), np.int32)}
+        return {name: np.zeros((), field.dtype) for name, field in self.fields.items()}
+
+    def drop(self, key: jax.Array, condition: Condition) -> Condition:
+        """The condition, each sample's replaced by the null with the training's probability."""
+        whole, *parts = jax.random.split(key, 4)
+        n = len(jax.tree.leaves(condition)[0])
+        if self.encoder_dropout > 0:
+            gone = [jax.random.bernoulli(part, self.encoder_dropout, (n,)) for part in parts]
+            condition = self._without(gone, condition)
+        if self.dropout == 0:
+            return condition
+        chosen, null = jax.random.bernoulli(whole, self.dropout, (n,)), self.null
+        return {
+            name: jnp.where(_spread(chosen, value), jnp.asarray(null[name], value.dtype), value)
+            for name, value in condition.items()
+        }
+
+    def _without(self, gone: Sequence[jax.Array], condition: Condition) -> Condition:
+        """Zeros where CLIP-L, CLIP-G or T5 is gone, (B,) bool each (arXiv 2403.03206, appendix B.3)."""
+        first, _ = self.clip_widths
+        at, channel = np.arange(self.length)[:, None], np.arange(self.channels)[None]
+        of_clip = at < CLIP_LENGTH
+        where = (of_clip & (channel < first), of_clip & (channel >= first), ~of_clip)
+        context, pooled = condition["context"], condition["pooled"]
+        in_pooled = np.arange(self.pooled)
+        of_pooled = (in_pooled < first, in_pooled >= first, in_pooled < 0)
+        for is_gone, part, pooled_part in zip(gone, where, of_pooled, strict=True):
+            context = jnp.where(is_gone[:, None, None] & part[None], 0, context)
+            pooled = jnp.where(is_gone[:, None] & pooled_part[None], 0, pooled)
+        return condition | {"context": context, "pooled": pooled}
+
+    def parse(self, texts: Sequence[str], names: Sequence[str]) -> Condition:
+        """The conditions of captions; the null if there is none. ConfigError where an encoder must make them."""
+        if self.encoder != BYTES:
+            raise ConfigError(f"captions for {self.encoder} are embedded by it; expected embeddings")
+        return {"tokens": byte_tokens(list(texts) or [""], self.length)}
+
+    def in_turn(self, n: int) -> Condition:
+        """Conditions of n samples: the null, as no captions are known."""
+        null = self.null
+        return {
+            name: np.broadcast_to(np.asarray(null[name], field.dtype), (n, *field.shape))
+            for name, field in self.fields.items()
+        }
+
+    def fits(self, condition: Condition) -> np.ndarray:
+        """Which samples' conditions are of this kind, (n,) bool."""
+        if self.encoder == BYTES:
+            tokens = np.asarray(condition["tokens"])
+            return ((tokens >= 0) & (tokens < BYTE_TOKENS)).all(axis=1) & (tokens[:, 0] == START)
+        finite = [np.isfinite(np.asarray(value, np.float32)) for value in condition.values()]
+        return np.all([part.reshape(len(part), -1).all(axis=1) for part in finite], axis=0)
+
+    def check(self, condition: Condition) -> None:
+        """Raises ConfigError for a caption that is none."""
+        if not self.fits(condition).all():
+            raise ConfigError("a caption's embedding holds values that are not finite; expected numbers")
+
+    def check_data(self, stored: AnyCondition, where: str) -> None:
+        """Raises ConfigError where the records of a dataset, named by `where`, do not hold this condition."""
+        for name in ("encoder", "length", "channels", "clip_widths"):
+            found, asked = getattr(stored, name, None), getattr(self, name)
+            if found != asked:
+                there = (
+                    f"captions with {name} {found}" if isinstance(stored, TextCondition) else "no captions"
+                )
+                raise ConfigError(f"{where} has {there}; --text.{name.replace('_', '-')} says {asked}")
+
+
+AnyCondition = LabelCondition | TextCondition
+
+START = 1
+BYTE_TOKENS = 258  # none, the start, and 256 bytes
+
+
+def byte_tokens(captions: Sequence[str], length: int) -> np.ndarray:
+    """Tokens (n, length) int32 of captions for the encoder `bytes`; what is longer is cut, between two characters."""
+    tokens = np.zeros((len(captions), length), np.int32)
+    for row, caption in zip(tokens, captions, strict=True):
+        text = caption.encode()[: length - 1].decode(errors="ignore").encode()
+        row[0], row[1 : 1 + len(text)] = START, np.frombuffer(text, np.uint8).astype(np.int32) + 2
+    return tokens
+
+
+def _spread(chosen: jax.Array, value: jax.Array) -> jax.Array:
+    return chosen.reshape(-1, *(1,) * (value.ndim - 1))
+
+
+def condition_of(config: Config) -> AnyCondition:
+    """The kind of condition of a network with this resolved config."""
+    text, model = config.text, config.model
+    if not text.encoder:
+        return LabelCondition(model.num_classes, model.class_dropout_prob)
+    widths = text.clip_widths if text.encoder == SD3 else (0, 0)
+    return TextCondition(
+        text.encoder,
+        text.length or 0,
+        text.channels or 0,
+        text.pooled,
+        text.dropout,
+        widths,
+        text.encoder_dropout,
+    )
 
 
 def drop_labels(key: jax.Array, labels: jax.Array, num_classes: int, probability: float) -> jax.Array:
@@ -162,7 +316,7 @@ def _label_number(label: str, label_names: Sequence[str], count: int) -> int:
 
 
 def shared_rows(
-    ours: LabelCondition, our_names: Sequence[str], theirs: LabelCondition, their_names: Sequence[str]
+    ours: AnyCondition, our_names: Sequence[str], theirs: AnyCondition, their_names: Sequence[str]
 ) -> list[tuple[int, int]]:
     """(row here, row there) of the label table's rows that stand for the same class in two runs.
 

@@ -368,7 +368,7 @@ def test_a_kind_that_is_missing_or_of_no_network():
     saved = json.loads(c.to_json(flow()))
     with pytest.raises(c.ConfigError, match=r"--diffusion.kind is missing; expected gaussian or flow"):
         c.from_json(json.dumps(saved | {"diffusion": {"path": "gvp"}}))
-    with pytest.raises(c.ConfigError, match=r"--model.kind is 'unet'; input should be 'dit'"):
+    with pytest.raises(c.ConfigError, match=r"--model.kind is 'unet'; expected dit or mmdit"):
         c.from_json(json.dumps(saved | {"model": {"kind": "unet"}}))
     before = c.from_json(
         '{"model": {"depth": 3}, "diffusion": {"prediction": "v"}}'

@@ -9,6 +9,7 @@ Every problem is a `ConfigError` whose one sentence names the option, what was f
 """
 
 from dit_jax.config.check import model_sizes, resolve
+from dit_jax.config.networks import MMDIT_SIZES, MMDiTConfig, NetworkConfig
 from dit_jax.config.processes import DiffusionConfig, FlowMatchingConfig, GaussianConfig, ProcessConfig
 from dit_jax.config.recipe import load, parse_args, run_config
 from dit_jax.config.saved import from_json, to_json
@@ -27,10 +28,12 @@ from dit_jax.config.schema import (
     Precision,
     TrainConfig,
 )
+from dit_jax.config.text import TextConfig
 
 __all__ = [
     "DIT_PATCHES",
     "DIT_SIZES",
+    "MMDIT_SIZES",
     "ComputeConfig",
     "Conditioning",
     "Config",
@@ -40,11 +43,14 @@ __all__ = [
     "DiffusionConfig",
     "FlowMatchingConfig",
     "GaussianConfig",
+    "MMDiTConfig",
     "MeshConfig",
     "ModelConfig",
+    "NetworkConfig",
     "OptimConfig",
     "Precision",
     "ProcessConfig",
+    "TextConfig",
     "TrainConfig",
     "from_json",
     "load",

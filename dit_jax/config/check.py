@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from dit_jax.config.networks import DIT_SIZES, MMDIT_SIZES, MMDiTConfig
 from dit_jax.config.saved import from_json, shown, to_json
-from dit_jax.config.schema import DIT_SIZES, Config, ConfigError
+from dit_jax.config.schema import Config, ConfigError
 
 
 def model_sizes(name: str) -> tuple[int, int, int, int]:
@@ -22,6 +23,24 @@ def model_sizes(name: str) -> tuple[int, int, int, int]:
     return (*DIT_SIZES[match[1]], int(match[2]))
 
 
+SIZES = ("depth", "hidden_size", "num_heads", "patch_size")
+HEAD_DIM = 64  # of an MMDiT
+
+
+def mmdit_sizes(name: str) -> dict[str, Any]:
+    """The sizes of an MMDiT by its name, such as "SD3-medium" or "MMDiT-12"."""
+    match = re.fullmatch(r"MMDiT-(\d{1,3})", name)
+    if match is None and name not in MMDIT_SIZES:
+        raise ConfigError(
+            f"--model.name is {shown(name)}; expected {', '.join(MMDIT_SIZES)} or MMDiT-{{depth}}, such as MMDiT-12"
+        )
+    depth, qk_norm, dual_blocks, side = MMDIT_SIZES.get(name) or (int(match[1]) if match else 0, True, 0, 192)
+    return {
+        "depth": depth, "hidden_size": HEAD_DIM * depth, "num_heads": depth, "patch_size": 2, "qk_norm": qk_norm,
+        "dual_blocks": dual_blocks, "positions_side": side,
+    }  # fmt: skip
+
+
 def resolve(config: Config) -> Config:
     """The config with every size filled in from the model's name, checked.
 
@@ -29,9 +48,12 @@ def resolve(config: Config) -> Config:
     """
     config = typed(config)
     m = config.model
-    named = dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), model_sizes(m.name), strict=True))
+    of_dit = not isinstance(m, MMDiTConfig)
+    named = dict(zip(SIZES, model_sizes(m.name), strict=True)) if of_dit else mmdit_sizes(m.name)
     filled: dict[str, Any] = {k: v for k, v in named.items() if getattr(m, k) is None}
-    config = dataclasses.replace(config, model=dataclasses.replace(m, **filled))
+    if isinstance(m, MMDiTConfig) and m.hidden_size and m.num_heads is None:
+        filled["num_heads"] = max(1, m.hidden_size // HEAD_DIM)
+    config = dataclasses.replace(config, model=dataclasses.replace(m, **filled), text=config.text.filled())
     _check_values(config)
     return config
 
@@ -74,18 +96,27 @@ FLOAT32_LEAST, FLOAT32_MOST = 2.0**-126, 3.4e38  # below, hardware counts a numb
 BELOW_ONE = 1 - 2.0**-24
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
+model.positions_side model.positions_base
 optim.learning_rate optim.eps train.batch_size train.steps train.log_every
 train.checkpoint_every train.keep train.bad_steps train.sample_count train.sample_steps
 train.evaluate_count"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
-_NOT_NEGATIVE = """model.num_classes optim.warmup_steps optim.weight_decay optim.grad_clip train.sample_every
-train.seed train.microbatch train.milestone_every train.snapshot_every train.max_rollbacks
-train.evaluate_every data.workers"""
+_NOT_NEGATIVE = """model.num_classes model.dual_blocks optim.warmup_steps optim.weight_decay
+optim.grad_clip train.sample_every train.seed train.microbatch train.milestone_every
+train.snapshot_every train.max_rollbacks train.evaluate_every data.workers"""
 _AT_MOST = {  # beyond is a slip of the keyboard, which would end in hours of tracing or in no memory
     "model.depth": 10_000, "model.hidden_size": 2**17, "model.num_heads": 2**17, "model.patch_size": 2**12,
     "model.in_channels": 2**12, "model.mlp_ratio": 1024, "model.num_classes": 2**30,
-    "data.workers": 1024,
+    "model.positions_side": 2**14, "model.positions_base": 2**14, "data.workers": 1024,
 }  # fmt: skip
+
+
+def _there(config: Config, options: Iterable[str]) -> Iterator[str]:
+    """Those of the options that the config's kinds have."""
+    for option in options:
+        group, name = option.split(".")
+        if name in {field.name for field in dataclasses.fields(getattr(config, group))}:
+            yield option
 
 
 def _check_values(config: Config) -> None:
@@ -93,13 +124,14 @@ def _check_values(config: Config) -> None:
         group, name = option.split(".")
         return getattr(getattr(config, group), name)
 
-    for option in _POSITIVE.split():
+    for option in _there(config, _POSITIVE.split()):
         _require(value(option) > 0, option, value(option), "a number above 0")
-    for option in _SHARES.split():
+    for option in _there(config, _SHARES.split()):
         _require(0 <= value(option) <= BELOW_ONE, option, value(option), "at least 0 and below 1 in float32")
-    for option in _NOT_NEGATIVE.split():
+    for option in _there(config, _NOT_NEGATIVE.split()):
         _require(value(option) >= 0, option, value(option), "0 or more")
-    for option, most in _AT_MOST.items():
+    for option in _there(config, _AT_MOST):
+        most = _AT_MOST[option]
         _require((value(option) or 0) <= most, option, value(option), f"at most {most}")
     _require(config.train.workdir.strip() != "", "train.workdir", "empty", "the folder of the run")
     for decay in config.optim.ema_more:
@@ -107,8 +139,9 @@ def _check_values(config: Config) -> None:
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
     _check_model(config)
-    for good, option, found, expected in config.diffusion.rules():
-        _require(good, f"diffusion.{option}", found, expected)
+    for group in ("diffusion", "text"):
+        for good, option, found, expected in getattr(config, group).rules():
+            _require(good, f"{group}.{option}", found, expected)
     most_steps, in_words = config.diffusion.steps_of_a_sampler()
     _require(
         not (config.train.sample_every or config.train.evaluate_every)
@@ -155,4 +188,24 @@ def _check_model(config: Config) -> None:
     _require(
         config.compute.norm_kernel == "xla" or m.conditioning in ("adaln", "adaln_zero"),
         "compute.norm_kernel", config.compute.norm_kernel, f"xla, because --model.conditioning is {m.conditioning}",
+    )  # fmt: skip
+    if isinstance(m, MMDiTConfig):
+        _check_mmdit(config, m)
+
+
+def _check_mmdit(config: Config, m: MMDiTConfig) -> None:
+    assert m.patch_size and m.depth and m.positions_side and m.dual_blocks is not None
+    _require(
+        m.dual_blocks < m.depth, "model.dual_blocks", m.dual_blocks, f"0 to {m.depth - 1}, all but the last"
+    )
+    _require(
+        max(m.input_size) // m.patch_size <= m.positions_side,
+        "model.input_size", m.input_size, f"at most --model.positions-side {m.positions_side} patches along a side",
+    )  # fmt: skip
+    _require(
+        config.text.encoder != "", "text.encoder", "empty",
+        "bytes, sd3 or a language model: an MMDiT is told captions",
+    )  # fmt: skip
+    _require(
+        not config.diffusion.learn_sigma, "diffusion.learn_sigma", True, "false: an MMDiT predicts no variance"
     )  # fmt: skip

@@ -7,18 +7,21 @@ import functools
 import json
 from typing import Any
 
+from dit_jax.config.networks import MODEL_KINDS, DiTConfig, MMDiTConfig
 from dit_jax.config.processes import PROCESS_KINDS, FlowMatchingConfig, GaussianConfig
 from dit_jax.config.schema import (
     ComputeConfig,
     Config,
     ConfigError,
     DataConfig,
-    DiTConfig,
     MeshConfig,
     OptimConfig,
     TrainConfig,
 )
+from dit_jax.config.text import TextConfig
 from dit_jax.config.upgrade import VERSION, upgraded
+
+KINDS = {"model": MODEL_KINDS, "diffusion": PROCESS_KINDS}
 
 
 def to_json(config: Config) -> str:
@@ -47,9 +50,9 @@ def from_json(text: str) -> Config:
         if first["type"].startswith("union_tag"):
             found = shown(first["ctx"]["tag"]) if "tag" in first["ctx"] else "missing"
             raise ConfigError(
-                f"--{where[0]}.kind is {found}; expected {' or '.join(PROCESS_KINDS)}"
+                f"--{where[0]}.kind is {found}; expected {' or '.join(KINDS[where[0]])}"
             ) from None
-        if where[:1] == ["diffusion"] and where[1:2] in [[kind] for kind in PROCESS_KINDS]:
+        if where[1:2] and where[1] in KINDS.get(where[0], ()):
             del where[1]  # which member of the union
         option = ".".join(where)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -64,8 +67,8 @@ def _reader() -> Any:
     import pydantic
 
     strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    kinds = (DiTConfig, GaussianConfig, FlowMatchingConfig)
-    groups = (ComputeConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
+    kinds = (DiTConfig, MMDiTConfig, GaussianConfig, FlowMatchingConfig)
+    groups = (TextConfig, ComputeConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
     for cls in (*kinds, *groups, Config):
         setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
     return pydantic.TypeAdapter(Config)

@@ -5,69 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dit_jax.config.networks import DIT_PATCHES as DIT_PATCHES
+from dit_jax.config.networks import DIT_SIZES as DIT_SIZES
+from dit_jax.config.networks import Conditioning as Conditioning
+from dit_jax.config.networks import DiTConfig, NetworkConfig
+from dit_jax.config.networks import ModelConfig as ModelConfig
 from dit_jax.config.processes import GaussianConfig, ProcessConfig
+from dit_jax.config.text import TextConfig
 
-Conditioning = Literal["in_context", "cross_attention", "adaln", "adaln_zero"]
 Precision = Literal["float32", "bfloat16"]
-Convention = Literal["published", "diffusers"]
-
-# DiT paper (arXiv 2212.09748), Table 1: layers, width, heads.
-DIT_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-DIT_PATCHES = (8, 4, 2)
 
 
 class ConfigError(ValueError):
     """An option is unknown, of the wrong type, or contradicts another."""
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The network. `name` sets four sizes; an explicit size overrides it."""
-
-    name: str = "DiT-XL/2"
-    """Family member, DiT-{S,B,L,XL}/{patch}: sets depth, hidden_size, num_heads and patch_size."""
-    depth: int | None = None
-    """Number of transformer blocks (None: as the name says)."""
-    hidden_size: int | None = None
-    """Width D of the tokens (None: as the name says)."""
-    num_heads: int | None = None
-    """Attention heads (None: as the name says)."""
-    patch_size: int | None = None
-    """Side of a patch, in latent pixels (None: as the name says)."""
-    mlp_ratio: float = 4.0
-    """Width of the MLP's hidden layer over hidden_size."""
-    conditioning: Conditioning = "adaln_zero"
-    """How timestep and label enter the blocks (paper, section 3.2)."""
-    input_size: tuple[int, int] = (32, 32)
-    """Height and width of the latent."""
-    in_channels: int = 4
-    """Channels of the latent."""
-    num_classes: int = 1000
-    """Number of classes; 0 for an unconditional model."""
-    class_dropout_prob: float = 0.1
-    """Share of training labels replaced by the null label, for classifier-free guidance."""
-    convention: Convention = "published"
-    """Whose numbers the network computes with the same weights: the published code's, or those of diffusers, which
-    divides the logarithms of a timestep's frequencies by 127 instead of 128 and adds 1e-5 instead of 1e-6 to the
-    variance in a block's second norm."""
-    kind: Literal["dit"] = "dit"
-    """The kind of network, which the recipe chooses."""
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of an attention head, of a resolved config."""
-        assert self.hidden_size and self.num_heads
-        return self.hidden_size // self.num_heads
-
-    @property
-    def num_tokens(self) -> int:
-        """Patches of a latent, of a resolved config."""
-        assert self.patch_size
-        return (self.input_size[0] // self.patch_size) * (self.input_size[1] // self.patch_size)
-
-
-ModelConfig = DiTConfig
-"""The name of the one kind that there is; a second makes it a union, as `ProcessConfig` is."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +162,8 @@ class TrainConfig:
 class Config:
     """A training run of a Diffusion Transformer on precomputed VAE latents."""
 
-    model: DiTConfig = field(default_factory=DiTConfig)
+    model: NetworkConfig = field(default_factory=DiTConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     diffusion: ProcessConfig = field(default_factory=GaussianConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -27,6 +27,8 @@ def upgraded(saved: dict[str, Any]) -> dict[str, Any]:
         )
     for step in STEPS[version - 1 :]:
         groups = step(groups)
+    if isinstance(model := groups.get("model"), dict):  # its kind was no matter of choice in version 2 either
+        groups["model"] = {"kind": "dit", **model}
     return groups
 
 

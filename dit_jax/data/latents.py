@@ -187,7 +187,7 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
             f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; "
             f"--model.input-size and --model.in-channels say {(*model.input_size, model.in_channels)}"
         )
-    condition_of(model).check_data(metadata.condition, where)
+    condition_of(config).check_data(metadata.condition, where)
     if config.data.mirror and not metadata.mirrors:
         raise ConfigError(
             f"{where} holds no mirror images; set --data.no-mirror, or prepare it again with --mirrors"

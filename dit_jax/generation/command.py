@@ -37,8 +37,7 @@ from dit_jax.generation.sampling import (
 from dit_jax.generation.stream import Source, draw, on_own_devices
 from dit_jax.interop.formats import is_run, read_weights
 from dit_jax.interop.weights import Reading, Weights
-from dit_jax.models.create import init_params
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model, init_params
 from dit_jax.pictures import save_grid
 from dit_jax.processes import agree, on_lead
 from dit_jax.runs.checkpoint import CHECKSUMS
@@ -201,7 +200,7 @@ def main(args: SampleArgs) -> int:
 
 def networks(
     args: DrawArgs, run: Run, guide: Run | None, mesh: Mesh
-) -> tuple[Any, DiT | None, dict[str, Any]]:
+) -> tuple[Any, Model | None, dict[str, Any]]:
     """(parameters on a mesh, the guide's network, the steps that both are of, by option).
 
     With a guide the parameters are a pair, as `make_latent_sampler` takes them.

@@ -23,7 +23,7 @@ from dit_jax.generation.editing import (
     strip_of,
 )
 from dit_jax.generation.sampling import SamplingOptions
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model
 from dit_jax.samplers.editing import Given
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def edited_images(
     args: SampleArgs,
     run: Run,
     options: SamplingOptions,
-    model: DiT,
+    model: Model,
     params: Any,
     condition: Any,
-    guide: DiT | None,
+    guide: Model | None,
 ) -> np.ndarray:
     """Pictures (N, h, w, 3) uint8, as asked for, in one batch; writes the way of --trajectory."""
     metadata, count = run.metadata, args.num_samples

@@ -24,7 +24,7 @@ from dit_jax.files import whole_file
 from dit_jax.generation.decoding import Decoder
 from dit_jax.generation.sampling import SamplingOptions, device_mesh, guided_network
 from dit_jax.models.autoencoder_kl import AutoencoderKL, to_latents
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model
 from dit_jax.pictures import enlargement, grid, save_grid
 from dit_jax.samplers.editing import Given, Way, moments, spherical, way
 from dit_jax.samplers.noise import sample_keys, start_noise
@@ -49,7 +49,7 @@ class Editing:
 
 @functools.lru_cache(maxsize=8)
 def make_way_sampler(
-    model: DiT, config: Config, options: SamplingOptions, editing: Editing, guide: DiT | None = None
+    model: Model, config: Config, options: SamplingOptions, editing: Editing, guide: Model | None = None
 ) -> Callable[[Any, int, np.ndarray, Any, Given | None], Way]:
     """A jitted (params, seed, sample indices (N,), condition of N, what is given) -> all states, on one device."""
     process, mesh = create_process(config.diffusion), device_mesh(1)

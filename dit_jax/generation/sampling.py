@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from dit_jax.compiler import compiler_options
-from dit_jax.conditions import Condition, LabelCondition
+from dit_jax.conditions import AnyCondition, Condition
 from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import FLOAT32_MOST
 from dit_jax.data.metadata import LatentMetadata
@@ -33,8 +33,7 @@ from dit_jax.generation.decoding import load_vae as load_vae
 from dit_jax.generation.decoding import make_decoder as make_decoder
 from dit_jax.generation.room import check_pictures
 from dit_jax.models.compute import unrolls
-from dit_jax.models.create import build_model
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model, build_model
 from dit_jax.pictures import save_grid
 from dit_jax.processes import all_fail_alike
 from dit_jax.samplers.grid import GridName
@@ -65,7 +64,7 @@ class SamplingOptions:
     schedule: str = "constant"
 
     def guided(
-        self, process: Process, kind: LabelCondition, condition: Any, network: Network, guide: Network | None
+        self, process: Process, kind: AnyCondition, condition: Any, network: Network, guide: Network | None
     ) -> DenoiseFn:
         """The network of these samples, drawn away from `guide`, or from itself without a condition."""
         share = SCHEDULES[self.schedule]
@@ -83,7 +82,7 @@ class SamplingOptions:
         return Choice(sampler, self.steps, self.eta, self.grid, self.grid_shift)
 
 
-def sampling_model(config: Config) -> DiT:
+def sampling_model(config: Config) -> Model:
     """The network of a resolved config, computed as this machine can: it may not be the one that trained."""
     model = build_model(config)
     return model.clone(compute=model.compute.on(jax.devices()[0], model.num_tokens, model.head_dim))
@@ -101,13 +100,13 @@ def device_mesh(count: int | None = None) -> Mesh:
 
 
 def guided_network(
-    process: Process, config: Config, options: SamplingOptions, model: DiT, params: Any, condition: Any,
-    guide: DiT | None, mesh: Mesh,
+    process: Process, config: Config, options: SamplingOptions, model: Model, params: Any, condition: Any,
+    guide: Model | None, mesh: Mesh,
 ) -> DenoiseFn:  # fmt: skip
     """The network of samples with this condition, as a sampler asks it; `guide` as of `make_latent_sampler`."""
     split, device = NamedSharding(mesh, batch_axes(mesh)), mesh.devices.flat[0]
 
-    def network_of(model: DiT, params: Any) -> Network:
+    def network_of(model: Model, params: Any) -> Network:
         # Quantization is for training: its scales hang on the whole batch, and a sample must not.
         unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
         model = model.clone(compute=model.compute.on(device, model.num_tokens, model.head_dim))
@@ -121,12 +120,12 @@ def guided_network(
 
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
 def make_latent_sampler(
-    model: DiT,
+    model: Model,
     config: Config,
     options: SamplingOptions,
     mesh: Mesh,
     counted: bool = False,
-    guide: DiT | None = None,
+    guide: Model | None = None,
     gathered: bool = True,
 ) -> Callable[[Any, int, Array | np.ndarray, Any], Any]:
     """A jitted (params, seed, sample indices (B,), condition of B) -> latents (B, H, W, C), replicated.
@@ -155,7 +154,7 @@ def make_latent_sampler(
 
 
 def generate_images(
-    model: DiT,
+    model: Model,
     params: Any,
     config: Config,
     options: SamplingOptions,
@@ -166,7 +165,7 @@ def generate_images(
     batch_size: int = 128,
     progress: bool = False,
     told: Callable[[int], None] | None = None,
-    guide: DiT | None = None,
+    guide: Model | None = None,
 ) -> np.ndarray:
     """Images (N, h, w, 3) uint8 of samples 0..N-1 with this condition, such as labels (N,).
 
@@ -241,7 +240,7 @@ def samples_of(condition: Condition) -> int:
 
 
 def check_sampling(
-    model: DiT, config: Config, options: SamplingOptions, condition: Any, by_another: bool = False
+    model: Model, config: Config, options: SamplingOptions, condition: Any, by_another: bool = False
 ) -> None:
     """Raises ConfigError where options or the condition, such as labels (N,), do not fit the model or the process.
 
@@ -284,7 +283,7 @@ def check_sample_grids(config: Config, metadata: LatentMetadata) -> None:
     check_decoder("--train.sample-every", config.train.sample_every, config, metadata)
 
 
-def watching(config: Config, model: DiT) -> SamplingOptions:
+def watching(config: Config, model: Model) -> SamplingOptions:
     """How a run draws samples while it trains."""
     t = config.train
     scale = t.sample_cfg_scale if model.condition.has_null else 1.0
@@ -295,7 +294,7 @@ def write_sample_grid(
     path: str | os.PathLike[str],
     *,
     config: Config,
-    model: DiT,
+    model: Model,
     params: Any,
     metadata: LatentMetadata,
     mesh: Mesh,

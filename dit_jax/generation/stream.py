@@ -24,7 +24,7 @@ from dit_jax.config import Config
 from dit_jax.generation.decoding import Decoder
 from dit_jax.generation.parts import Parts
 from dit_jax.generation.sampling import SamplingOptions, batch_of, make_latent_sampler, samples_of
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model
 from dit_jax.processes import all_fail_alike
 
 Array = jax.Array
@@ -40,7 +40,7 @@ class Source:
     guide as in `make_latent_sampler`.
     """
 
-    model: DiT
+    model: Model
     params: Any
     config: Config
     options: SamplingOptions
@@ -49,7 +49,7 @@ class Source:
     mesh: Mesh
     seed: int = 0
     batch_size: int = 128
-    guide: DiT | None = None
+    guide: Model | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dit_jax.generation.parts import Parts
 from dit_jax.generation.sampling import watching
 from dit_jax.generation.scoring import Ruler, features_of_parts, open_ruler
 from dit_jax.generation.stream import Source, draw, on_own_devices
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model
 from dit_jax.processes import together
 
 FOLDER = "train-evaluation.parts"  # in a run's folder, while it is measured
@@ -34,7 +34,7 @@ def open_watch(config: Config, metadata: LatentMetadata) -> Ruler:
 def measure(
     *,
     config: Config,
-    model: DiT,
+    model: Model,
     params: Any,
     metadata: LatentMetadata,
     mesh: Mesh,

@@ -115,7 +115,7 @@ def read_published(file: str | os.PathLike[str], reading: Reading) -> Weights:
     tensors = found.arrays(name)
     config = reading.config or config_of(tensors, found.args, reading.process, os.fspath(file))
     try:
-        params = params_from_state_dict(tensors, build_model(config))
+        params = params_from_state_dict(tensors, _dit(config))
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
     m = config.model
@@ -132,9 +132,18 @@ def read_published(file: str | os.PathLike[str], reading: Reading) -> Weights:
     )
 
 
+def _dit(config: Config) -> DiT:
+    model = build_model(config)
+    if not isinstance(model, DiT) or model.text is not None:
+        raise ConfigError(
+            "the published .pt format is that of a DiT with labels; expected --to diffusers or folder"
+        )
+    return model
+
+
 def write_published(file: str | os.PathLike[str], weights: Weights) -> None:
     """Write the bare state dict that the published programs load."""
-    model = build_model(weights.config)
+    model = _dit(weights.config)
     try:
         tensors = state_dict_from_params(weights.params, model)
     except ValueError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.config import Config, ConfigError, GaussianConfig
+from dit_jax.config import Config, ConfigError, DiTConfig, GaussianConfig
 from dit_jax.config.saved import shown
 from dit_jax.files import write_whole
 from dit_jax.interop import diffusers, keymap
@@ -263,7 +263,12 @@ def _check_autoencoder(vae: AutoencoderKLConfig, weights: Weights) -> None:
 
 
 def _with_padding(config: Config) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=NULL_CLASS))
+    return _with_classes(config, NULL_CLASS)
+
+
+def _with_classes(config: Config, num_classes: int) -> Config:
+    assert isinstance(config.model, DiTConfig)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))
 
 
 def _padded(params: dict[str, Any], num_classes: int) -> dict[str, Any]:
@@ -277,8 +282,7 @@ def _without_padding(config: Config, params: dict[str, Any], named: int) -> tupl
     table = params["y_embed"]["embedding"]
     if not 0 < named < config.model.num_classes or (table[named:] != table[-1]).any():
         return config, params
-    model = dataclasses.replace(config.model, num_classes=named)
     return (
-        dataclasses.replace(config, model=model),
+        _with_classes(config, named),
         {**params, "y_embed": {"embedding": table[: named + 1].copy()}},
     )

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from dit_jax.config import Config
 from dit_jax.models.arithmetic import count_macs
-from dit_jax.models.create import build_model, init_params
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model, build_model, init_params
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,7 +59,7 @@ def state_bytes(config: Config) -> int:
     return 16 * parameter_count(config)
 
 
-def _kept_bytes(model: DiT, params: Any, images: int) -> int:
+def _kept_bytes(model: Model, params: Any, images: int) -> int:
     """Bytes of all that the backward pass is given, parameters included."""
 
     def backward(params: Any, *inputs: Any) -> Any:
@@ -70,12 +69,12 @@ def _kept_bytes(model: DiT, params: Any, images: int) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
 
-def _in_a_loop(config: Config) -> DiT:
+def _in_a_loop(config: Config) -> Model:
     """The network with its layers in a loop, so that one of them is traced for all."""
     return build_model(config).computed(unroll=False)
 
 
-def _apply(model: DiT) -> Any:
+def _apply(model: Model) -> Any:
     return lambda params, *inputs: model.apply({"params": params}, *inputs)
 
 
@@ -86,7 +85,7 @@ def _parameters(config: Config) -> Any:
     return jax.eval_shape(lambda key: init_params(model, config, key), jax.random.key(0))
 
 
-def _inputs(model: DiT, images: int) -> tuple[Any, ...]:
+def _inputs(model: Model, images: int) -> tuple[Any, ...]:
     """Shapes and types of so many latents, times and conditions."""
     latents = jax.ShapeDtypeStruct((images, *model.latent_size, model.in_channels), jnp.float32)
     return latents, jax.ShapeDtypeStruct((images,), jnp.int32), model.condition.shapes(images)

@@ -8,13 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dit_jax.config import Config
+from dit_jax.conditions import TextCondition, condition_of
+from dit_jax.config import Config, DiTConfig, MMDiTConfig
 from dit_jax.models.compute import Compute
 from dit_jax.models.dit import DiT
+from dit_jax.models.mmdit import MMDiT
 from dit_jax.models.parts import CONVENTIONS
 
 
-def build_model(config: Config, batch_sharding: Any = None) -> DiT:
+def build_model(config: Config, batch_sharding: Any = None) -> Model:
     """The network of a resolved config, computed as it says; `batch_sharding` as in `Compute`."""
     c = config.compute
     compute = Compute(
@@ -30,8 +32,8 @@ def build_model(config: Config, batch_sharding: Any = None) -> DiT:
 
 
 def _dit(config: Config, compute: Compute) -> DiT:
-    m = config.model
-    assert m.patch_size and m.hidden_size and m.num_heads and m.depth
+    m, condition = config.model, condition_of(config)
+    assert isinstance(m, DiTConfig) and m.patch_size and m.hidden_size and m.num_heads and m.depth
     return DiT(
         input_size=m.input_size,
         patch_size=m.patch_size,
@@ -44,16 +46,28 @@ def _dit(config: Config, compute: Compute) -> DiT:
         class_dropout_prob=m.class_dropout_prob,
         learn_sigma=config.diffusion.learn_sigma,
         conditioning=m.conditioning,
+        text=condition if isinstance(condition, TextCondition) else None,
         compute=compute,
         parts=CONVENTIONS[m.convention],
     )
 
 
+def _mmdit(config: Config, compute: Compute) -> MMDiT:
+    m, text = config.model, condition_of(config)
+    assert isinstance(m, MMDiTConfig) and isinstance(text, TextCondition)
+    sizes = {name: getattr(m, name) for name in (
+        "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "qk_norm",
+        "dual_blocks", "positions_side", "positions_base",
+    )}  # fmt: skip
+    return MMDiT(**sizes, text=text, compute=compute)
+
+
 # A new kind of network is its config in dit_jax.config, its module, and its row here.
-BUILDERS: dict[str, Callable[[Config, Compute], DiT]] = {"dit": _dit}
+Model = DiT | MMDiT
+BUILDERS: dict[str, Callable[[Config, Compute], Model]] = {"dit": _dit, "mmdit": _mmdit}
 
 
-def init_params(model: DiT, config: Config, key: jax.Array) -> Any:
+def init_params(model: Model, config: Config, key: jax.Array) -> Any:
     """Fresh parameters of the network, which do not depend on how it is computed: no kernel is asked for them."""
     m = config.model
     x = jnp.zeros((1, *m.input_size, m.in_channels), jnp.float32)

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dit_jax.conditions import LabelCondition
+from dit_jax.conditions import AnyCondition, LabelCondition, TextCondition
 from dit_jax.config import ConfigError
 from dit_jax.models.blocks import MODULATIONS, Block, Modulation
 from dit_jax.models.compute import Compute
@@ -48,6 +48,7 @@ class DiT(OnPatches, nn.Module):
     class_dropout_prob: float = 0.1
     learn_sigma: bool = True
     conditioning: str = "adaln_zero"
+    text: TextCondition | None = None
     compute: Compute = Compute()
     parts: Parts = Parts()
 
@@ -62,9 +63,9 @@ class DiT(OnPatches, nn.Module):
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
-    def condition(self) -> LabelCondition:
+    def condition(self) -> AnyCondition:
         """What the network is told of a sample."""
-        return LabelCondition(self.num_classes, self.class_dropout_prob)
+        return self.text or LabelCondition(self.num_classes, self.class_dropout_prob)
 
     @property
     def null_label(self) -> int:

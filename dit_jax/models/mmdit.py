@@ -18,7 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dit_jax.conditions import TextCondition
 from dit_jax.config import ConfigError
+from dit_jax.config.text import SD3
 from dit_jax.models.blocks import Modulation
 from dit_jax.models.compute import Compute
 from dit_jax.models.embeddings import TimestepEmbedder, cropped_positions, patchify, unpatchify
@@ -30,6 +32,8 @@ from dit_jax.models.parts import LAYER_NORM
 
 Array = jax.Array
 HEAD_DIM = 64
+
+SD3_TEXT = TextCondition(SD3, 333, 4096, 2048, clip_widths=(768, 1280))
 
 # Name -> depth, QK-norm, blocks with a second attention, side of the table of positions.
 MMDIT_SIZES: dict[str, dict[str, Any]] = {
@@ -69,6 +73,7 @@ class MMDiT(OnPatches, nn.Module):
     dual_blocks: int = 0
     positions_side: int = 192
     positions_base: int = 64
+    text: TextCondition = SD3_TEXT
     compute: Compute = Compute()
 
     @classmethod
@@ -78,6 +83,11 @@ class MMDiT(OnPatches, nn.Module):
             raise ConfigError(f"the model's name is {name!r}; expected one of {', '.join(MMDIT_SIZES)}")
         size = MMDIT_SIZES[name]
         return cls(**{"hidden_size": HEAD_DIM * size["depth"], **size, **options})
+
+    @property
+    def condition(self) -> TextCondition:
+        """What the network is told of a sample."""
+        return self.text
 
     @property
     def heads(self) -> int:

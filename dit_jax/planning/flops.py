@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from dit_jax.config import (
     DIT_PATCHES,
@@ -17,10 +18,17 @@ from dit_jax.config import (
     ComputeConfig,
     Config,
     ConfigError,
+    FlowMatchingConfig,
+    GaussianConfig,
+    MMDiTConfig,
     ModelConfig,
+    NetworkConfig,
+    TextConfig,
     load,
     resolve,
 )
+from dit_jax.config.check import SIZES
+from dit_jax.config.text import BYTES
 from dit_jax.models.cost import (
     activation_bytes_per_image,
     forward_macs,
@@ -64,11 +72,13 @@ def table(configs: Sequence[Config], batch_per_device: int, devices: int) -> str
     return "\n".join(rows)
 
 
-def _label(m: ModelConfig) -> str:
-    named = resolve(Config(model=ModelConfig(name=m.name, input_size=m.input_size))).model
-    same = all(
-        getattr(named, k) == getattr(m, k) for k in ("depth", "hidden_size", "num_heads", "patch_size")
-    )
+def _label(m: NetworkConfig) -> str:
+    unnamed: dict[str, Any] = dict.fromkeys(SIZES)
+    as_named = dataclasses.replace(m, **unnamed)
+    text = TextConfig(encoder=BYTES if isinstance(m, MMDiTConfig) else "")
+    process = FlowMatchingConfig() if isinstance(m, MMDiTConfig) else GaussianConfig()
+    named = resolve(Config(model=as_named, text=text, diffusion=process)).model
+    same = all(getattr(named, k) == getattr(m, k) for k in SIZES)
     return m.name if same else f"{m.depth}x{m.hidden_size}/{m.patch_size}"
 
 

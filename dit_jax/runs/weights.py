@@ -152,8 +152,8 @@ def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ())
     like = jax.tree_util.tree_map_with_path(layout, theirs)
     loaded, step = load_weights(source / "checkpoints", like, their_config)
     found = {_name(path): leaf for path, leaf in _leaves(loaded)}
-    kind, table = condition_of(config.model), condition_of(config.model).table
-    rows = shared_rows(kind, label_names, condition_of(their_config.model), their_names)
+    kind, table = condition_of(config), condition_of(config).table
+    rows = shared_rows(kind, label_names, condition_of(their_config), their_names)
     say(
         f"starting from the averaged weights of step {step} in {source}"
         + (f", {len(rows)} of {len(ours[table])} rows of the label table among them" if table in ours else "")

@@ -18,8 +18,7 @@ from dit_jax.config import Config, ConfigError
 from dit_jax.diffusion.create import create_process
 from dit_jax.diffusion.process import Process
 from dit_jax.models.compute import TOKENS_LAST, cudnn_serves, resolve_attention, unrolls
-from dit_jax.models.create import build_model
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model, build_model
 from dit_jax.models.kernels.fused_norm import check_norm_kernel
 from dit_jax.runs.state import TrainState
 from dit_jax.training.optimizer import make_optimizer
@@ -30,7 +29,7 @@ from dit_jax.training.step import Draw, draw_key, make_train_step
 
 @dataclass(frozen=True)
 class Program:
-    """Network, process and jitted functions of a run on one mesh.
+    """Model, process and jitted functions of a run on one mesh.
 
     Attributes:
       state: a TrainState of `jax.ShapeDtypeStruct` with shardings, the layout of the real one.
@@ -40,7 +39,7 @@ class Program:
       microbatches: parts of a batch that a step accumulates over.
     """
 
-    model: DiT
+    model: Model
     process: Process
     optimizer: optax.GradientTransformation
     mesh: Mesh
@@ -71,7 +70,7 @@ def abstract_batch(config: Config, mesh: Mesh, dtype: Any = np.float16) -> dict[
         "moments": jax.ShapeDtypeStruct(
             (b, views, *m.input_size, 2 * m.in_channels), dtype, sharding=batch_sharding(mesh)
         ),
-        **condition_of(m).shapes(b, batch_sharding(mesh)),
+        **condition_of(config).shapes(b, batch_sharding(mesh)),
     }
 
 

@@ -8,8 +8,7 @@ import optax
 
 from dit_jax.config import Config
 from dit_jax.diffusion.create import create_process
-from dit_jax.models.create import init_params
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model, init_params
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.state import Params, TrainState, zero_totals
 
@@ -30,7 +29,7 @@ def make_state(params: Params, optimizer: optax.GradientTransformation, config: 
 
 
 def init_state(
-    model: DiT, optimizer: optax.GradientTransformation, config: Config, key: jax.Array
+    model: Model, optimizer: optax.GradientTransformation, config: Config, key: jax.Array
 ) -> TrainState:
     """The state at step 0 with fresh parameters; under `jit(out_shardings=)` it is born sharded."""
     return make_state(init_params(model, config, key), optimizer, config)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.conditions import LabelCondition
+from dit_jax.conditions import AnyCondition
 from dit_jax.config import Config
 from dit_jax.data.latents import draw_latents
 from dit_jax.diffusion.process import Process
-from dit_jax.models.dit import DiT
+from dit_jax.models.create import Model
 from dit_jax.runs.state import TrainState, zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate
@@ -49,7 +49,7 @@ def draw_key(seed: int, step: int | jax.Array, purpose: Draw) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def make_loss(model: DiT, process: Process) -> Callable[..., tuple[jax.Array, Metrics]]:
+def make_loss(model: Model, process: Process) -> Callable[..., tuple[jax.Array, Metrics]]:
     """The loss `(params, inputs) -> (mean over the batch, metrics)` of what a step draws."""
 
     def loss_fn(params: Any, inputs: Inputs) -> tuple[jax.Array, Metrics]:
@@ -177,7 +177,7 @@ def make_split(mesh: Mesh | None) -> Callable[..., Any]:
 
 
 def make_draws(
-    config: Config, kind: LabelCondition, process: Process, scaling_factor: float, shift_factor: float
+    config: Config, kind: AnyCondition, process: Process, scaling_factor: float, shift_factor: float
 ) -> Callable[[Batch, jax.Array], Inputs]:
     """`(batch, step) -> the network's inputs for the global batch`: clean latents, time, noise, condition."""
     seed = config.train.seed
@@ -194,7 +194,7 @@ def make_draws(
 
 
 def gradients_on(
-    mesh: Mesh | None, model: DiT, process: Process, microbatches: int, grad_shardings: Any
+    mesh: Mesh | None, model: Model, process: Process, microbatches: int, grad_shardings: Any
 ) -> Callable[..., tuple[Any, Metrics]]:
     """`make_gradients` of the network's loss, added over the devices of the mesh as seldom as their memory allows."""
     if microbatches > 1 and mesh is not None and mesh.size > 1 and whole_everywhere(grad_shardings):
@@ -206,7 +206,7 @@ def gradients_on(
 
 
 def make_train_step(
-    model: DiT,
+    model: Model,
     process: Process,
     optimizer: optax.GradientTransformation,
     config: Config,

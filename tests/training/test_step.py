@@ -165,7 +165,7 @@ def test_labels_drop_at_their_rate():
 
 def test_the_step_drops_the_condition(tiny):
     config = tiny.config(model={"class_dropout_prob": 0.5}, train={"batch_size": 128})
-    kind, batch = condition_of(config.model), tiny.batch(0, 128)
+    kind, batch = condition_of(config), tiny.batch(0, 128)
     inputs = make_draws(config, kind, create_process(config.diffusion), 1.0, 0.0)(batch, jnp.zeros((), int))
     labels = np.asarray(inputs["condition"]["label"])
     null = labels == kind.null["label"]

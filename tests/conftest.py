@@ -252,3 +252,80 @@ def pipeline_folder(peer_pipeline, tmp_path_factory):
     index["id2label"] = {str(i): f"name {i}, other {i}" for i in range(1000)}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+# Stable Diffusion 3 in small: random encoders, and tokenizers of the printable characters, made here.
+
+
+@pytest.fixture(scope="session")
+def sd3_texts(peers):
+    """Components of a StableDiffusion3Pipeline: CLIPs of 16 and 24 channels, a T5 of 48, and their tokenizers."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers (extra: text)")
+    torch, _ = peers
+    torch.manual_seed(1)
+    letters = [chr(i) for i in range(33, 127)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    ids = {word: i for i, word in enumerate(words)}
+    found = {}
+    for name, width in (("", 16), ("_2", 24)):
+        config = transformers.CLIPTextConfig(
+            vocab_size=len(words), hidden_size=width, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, projection_dim=width, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )  # fmt: skip
+        found[f"text_encoder{name}"] = transformers.CLIPTextModelWithProjection(config).eval()
+        found[f"tokenizer{name}"] = transformers.CLIPTokenizer(vocab=ids, merges=[], model_max_length=77)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((p, -3.0) for p in ["\u2581", *letters])]
+    t5 = transformers.T5Config(
+        vocab_size=len(pieces), d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+    )  # fmt: skip
+    found["text_encoder_3"] = transformers.T5EncoderModel(t5).eval()
+    found["tokenizer_3"] = transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+    with torch.no_grad():
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            for parameter in found[name].parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return found
+
+
+@pytest.fixture(scope="session")
+def make_sd3(peers, sd3_texts):
+    """A function of a network's options that gives a StableDiffusion3Pipeline: depth 3, width 32, 16x16 pictures."""
+    torch, diffusers = peers
+
+    def make(**network):
+        torch.manual_seed(2)
+        sizes = dict(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+            num_attention_heads=2, caption_projection_dim=32, joint_attention_dim=48, pooled_projection_dim=40,
+            pos_embed_max_size=12,
+        )  # fmt: skip
+        transformer = diffusers.SD3Transformer2DModel(**sizes | network).eval()
+        with torch.no_grad():
+            for parameter in transformer.parameters():
+                parameter.copy_(0.15 * torch.randn_like(parameter))
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+            scaling_factor=1.5, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+        ).eval()  # fmt: skip
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        return diffusers.StableDiffusion3Pipeline(
+            transformer=transformer, scheduler=scheduler, vae=vae, **sd3_texts
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd3_pipeline(make_sd3):
+    """A small StableDiffusion3Pipeline of the first form."""
+    return make_sd3()
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(sd3_pipeline, tmp_path_factory):
+    """That pipeline as diffusers writes it."""
+    folder = tmp_path_factory.mktemp("sd3") / "small"
+    sd3_pipeline.save_pretrained(folder)
+    return folder

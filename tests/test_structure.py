@@ -10,7 +10,7 @@ LINES, FUNCTION_LINES = 400, 60
 
 # Rooms from the ground up; each may import from itself and from what it names, and nothing else.
 GROUND = {"config", "ground"}
-NETWORKS = {"models", "diffusion", "samplers", "data", "interop"} | GROUND
+NETWORKS = {"models", "diffusion", "samplers", "data", "text", "interop"} | GROUND
 ROOMS = {
     "config": set(),
     "ground": {"config"},  # the modules beside the rooms: files, processes, conditions, ...
@@ -18,7 +18,8 @@ ROOMS = {
     "diffusion": GROUND,
     "samplers": {"diffusion"} | GROUND,
     "interop": {"models"} | GROUND,
-    "data": {"interop"} | GROUND,
+    "text": {"interop"} | GROUND,
+    "data": {"interop", "text"} | GROUND,
     "runs": NETWORKS,
     "evaluation": {"runs"} | NETWORKS,
     "generation": {"runs", "evaluation"} | NETWORKS,

@@ -1,0 +1,1 @@
+"""From captions to embeddings, by encoders outside the network."""

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models.attention import SelfAttention, attend
 from dit_jax.models.compute import TOKENS_LAST, Compute
+from dit_jax.models.kernels import tokens_last
 from dit_jax.models.linear import Linear
 from dit_jax.models.mlp import Mlp
 from dit_jax.models.norms import RmsNorm, add_gated
@@ -31,12 +32,14 @@ PICTURE, DUAL, TEXT, LAST_TEXT = 6, 9, 6, 2
 
 
 class QkNorm(nn.Module):
-    """RMSNorm of every head's queries and keys (section 5.3.2)."""
+    """RMSNorm of every head's queries and keys (section 5.3.2), over their axis K."""
+
+    axis: int = -1
 
     @nn.compact
     def __call__(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """q and k (B, N, H, K) -> the same."""
-        return RmsNorm(q.dtype, name="q")(q), RmsNorm(k.dtype, name="k")(k)
+        """q and k (B, N, H, K), or as `axis` says -> the same."""
+        return RmsNorm(q.dtype, axis=self.axis, name="q")(q), RmsNorm(k.dtype, axis=self.axis, name="k")(k)
 
 
 class JointAttention(nn.Module):
@@ -53,23 +56,34 @@ class JointAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Array) -> tuple[Array, Array | None]:
         """x (B, N, D), context (B, M, D) -> what each stream adds, (B, N, D) and (B, M, D) or None."""
-        d, n = x.shape[-1], x.shape[1]
-        kernel = "einsum" if self.compute.attention in TOKENS_LAST else self.compute.attention
-        linear = functools.partial(Linear, compute=self.compute, quantized=True)
-        parts = []
-        for stream, tokens in (("", x), ("context_", context)):
-            qkv = linear((3, self.num_heads, d // self.num_heads), name=f"{stream}qkv")(tokens)
-            q, k, v = (qkv[:, :, i] for i in range(3))  # each (B, tokens, H, K)
-            if self.qk_norm:
-                q, k = QkNorm(name=f"{stream}norm")(q, k)
-            parts.append((q, k, v))
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*parts, strict=True))  # (B, N + M, H, K)
-        out = attend(q, k, v, kernel)
-        out = out if kernel == "cudnn" else checkpoint_name(out, "attention")
-        of_x = linear((d,), in_axes=2, name="proj")(out[:, :n])
-        if not self.answers_text:
-            return of_x, None
-        return of_x, linear((d,), in_axes=2, name="context_proj")(out[:, n:])
+        d, n, kernel = x.shape[-1], x.shape[1], self.compute.attention
+        tokens_axis = 3 if kernel in TOKENS_LAST else 1
+        parts = [self._queries_keys_values("", x), self._queries_keys_values("context_", context)]
+        q, k, v = (jnp.concatenate(pair, axis=tokens_axis) for pair in zip(*parts, strict=True))
+        if kernel in TOKENS_LAST:
+            by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
+            out, equation = tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd"
+        else:
+            out, equation = attend(q, k, v, kernel), ""
+            out = out if kernel == "cudnn" else checkpoint_name(out, "attention")
+        of_x, of_text = jnp.split(out, [n], axis=tokens_axis)
+        linear = functools.partial(Linear, (d,), in_axes=2, compute=self.compute, quantized=True)
+        answer = linear(name="context_proj")(of_text, equation) if self.answers_text else None
+        return linear(name="proj")(of_x, equation), answer
+
+    def _queries_keys_values(self, stream: str, tokens: Array) -> tuple[Array, ...]:
+        """Of one stream's tokens (B, T, D), each (B, T, H, K), or (H, B, K, T) for a kernel that has tokens last."""
+        last = self.compute.attention in TOKENS_LAST
+        name, d = f"{stream}qkv", tokens.shape[-1]
+        if last:
+            q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.compute.dtype, name=name)(tokens)
+        else:
+            shape = (3, self.num_heads, d // self.num_heads)
+            qkv = Linear(shape, compute=self.compute, quantized=True, name=name)(tokens)
+            q, k, v = (qkv[:, :, i] for i in range(3))
+        if self.qk_norm:
+            q, k = QkNorm(2 if last else -1, name=f"{stream}norm")(q, k)
+        return q, k, v
 
 
 class JointBlock(nn.Module):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from dit_jax.conditions import TextCondition
 from dit_jax.config import ConfigError
+from dit_jax.config.check import mmdit_sizes
 from dit_jax.config.text import SD3
 from dit_jax.models.blocks import Modulation
 from dit_jax.models.compute import Compute
@@ -34,13 +35,6 @@ Array = jax.Array
 HEAD_DIM = 64
 
 SD3_TEXT = TextCondition(SD3, 333, 4096, 2048, clip_widths=(768, 1280))
-
-# Name -> depth, QK-norm, blocks with a second attention, side of the table of positions.
-MMDIT_SIZES: dict[str, dict[str, Any]] = {
-    "SD3-medium": dict(depth=24, qk_norm=False, dual_blocks=0, positions_side=192),
-    "SD3.5-medium": dict(depth=24, qk_norm=True, dual_blocks=13, positions_side=384),
-    "SD3.5-large": dict(depth=38, qk_norm=True, dual_blocks=0, positions_side=192),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +72,8 @@ class MMDiT(OnPatches, nn.Module):
 
     @classmethod
     def named(cls, name: str, **options: Any) -> MMDiT:
-        """A published size; ConfigError for another name."""
-        if name not in MMDIT_SIZES:
-            raise ConfigError(f"the model's name is {name!r}; expected one of {', '.join(MMDIT_SIZES)}")
-        size = MMDIT_SIZES[name]
-        return cls(**{"hidden_size": HEAD_DIM * size["depth"], **size, **options})
+        """A size by its name, such as "SD3-medium" or "MMDiT-12"; ConfigError for another name."""
+        return cls(**mmdit_sizes(name) | options)
 
     @property
     def condition(self) -> TextCondition:

@@ -49,18 +49,21 @@ def add_gated(x: Array, branch: Array, gate: Array | None) -> Array:
 
 
 class RmsNorm(nn.Module):
-    """RMSNorm with a learned scale (Zhang & Sennrich, arXiv 1910.07467), over the last axis."""
+    """RMSNorm with a learned scale (Zhang & Sennrich, arXiv 1910.07467), over the last axis or another one."""
 
     dtype: Any = jnp.float32
     epsilon: float = EPSILON
+    axis: int = -1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x (..., K) -> (..., K) in `dtype`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[self.axis],), jnp.float32)
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=self.axis, keepdims=True) + self.epsilon)
+        along = [1] * x.ndim
+        along[self.axis] = -1
+        return (x * scale.reshape(along)).astype(self.dtype)
 
 
 class AffineNorm(nn.Module):

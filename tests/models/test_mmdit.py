@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from dit_jax import MMDiT
-from dit_jax.config import ConfigError
+from dit_jax.config import MMDIT_SIZES, ConfigError
 from dit_jax.models.embeddings import cropped_positions, sincos_positions
-from dit_jax.models.mmdit import MMDIT_SIZES
 from dit_jax.training.sharding import MESH_AXES, PRESETS, partition_spec
 
 TINY = MMDiT(
@@ -60,7 +59,7 @@ def test_published_sizes_have_their_parameters(name, count):
 
 
 def test_another_name_is_refused():
-    with pytest.raises(ConfigError, match=r"'SD4'; expected one of SD3-medium, SD3\.5-medium, SD3\.5-large"):
+    with pytest.raises(ConfigError, match=r"'SD4'; expected SD3-medium, SD3\.5-medium, SD3\.5-large or"):
         MMDiT.named("SD4")
 
 
@@ -104,7 +103,10 @@ def test_text_time_and_neighbours_matter(params):
     np.testing.assert_array_equal(out(moved, t, text)[1], first[1])  # and not into another sample
 
 
-@pytest.mark.parametrize("options", [{"remat": "full"}, {"unroll": True}, {"attention": "xla"}], ids=str)
+@pytest.mark.parametrize("options", [
+    {"remat": "full"}, {"unroll": True}, {"attention": "xla"}, {"attention": "tokens_last"},
+    {"attention": "tokens_last_by_head", "remat": "dots_attention"},
+], ids=str)  # fmt: skip
 def test_gradients_do_not_depend_on_how_it_is_computed(params, options):
     def loss(model, p):
         return jnp.mean(jnp.square(model.apply({"params": p}, *given(TINY))))

@@ -231,13 +231,19 @@ class TextCondition(_Arrays):
 
     def check_data(self, stored: AnyCondition, where: str) -> None:
         """Raises ConfigError where the records of a dataset, named by `where`, do not hold this condition."""
-        for name in ("encoder", "length", "channels", "clip_widths"):
-            found, asked = getattr(stored, name, None), getattr(self, name)
+        if not isinstance(stored, TextCondition):
+            raise ConfigError(f"{where} has no captions; --text.encoder says {self.encoder}")
+        if self.encoder == BYTES:
+            return  # made of the captions' words, which every such dataset holds
+        if not stored.encoder:
+            raise ConfigError(
+                f"{where} has captions that are not embedded; --text.encoder says {self.encoder}"
+            )
+        for name in ("encoder", "length", "channels", "pooled", "clip_widths"):
+            found, asked = getattr(stored, name), getattr(self, name)
             if found != asked:
-                there = (
-                    f"captions with {name} {found}" if isinstance(stored, TextCondition) else "no captions"
-                )
-                raise ConfigError(f"{where} has {there}; --text.{name.replace('_', '-')} says {asked}")
+                option = f"--text.{'clip-widths' if name == 'pooled' else name.replace('_', '-')}"
+                raise ConfigError(f"{where} has captions with {name} {found}; {option} says {asked}")
 
 
 AnyCondition = LabelCondition | TextCondition

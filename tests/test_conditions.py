@@ -7,7 +7,7 @@ import pytest
 
 from dit_jax.conditions import Field, LabelCondition, label_numbers
 from dit_jax.config import ConfigError
-from dit_jax.data.metadata import parse, serialize
+from dit_jax.data.records import parse, serialize
 from dit_jax.diffusion.guidance import classifier_free_guidance
 from dit_jax.generation.sampling import samples_of
 from dit_jax.interop.imagenet import class_names

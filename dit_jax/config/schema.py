@@ -52,7 +52,8 @@ class DataConfig:
     dir: str = ""
     """Folder of the prepared latent dataset (TFDS format, ArrayRecord shards)."""
     source: str = ""
-    """Where to prepare the dataset from when `dir` does not exist yet; only `digits` needs no download."""
+    """Where to prepare the dataset from when `dir` does not exist yet: digits, or digits-text, pairs of them with
+    captions, which need no download."""
     mirror: bool = True
     """Draw every image or its mirror with equal chance (needs a dataset prepared with mirrors)."""
     cache: Literal["none", "ram", "device"] = "none"

@@ -30,15 +30,31 @@ class Example:
     image: np.ndarray | None
     """(S, S, 3) uint8."""
     problem: str = ""
+    captions: tuple[str, ...] = ()
 
 
 def decode(source: Source, index: int, size: int) -> Example:
     """Record `index` of a source as a centre crop of side `size`."""
     try:
         image, label = source.read(index)
-        return Example(source.id(index), label, center_crop(image, size))
+        captions = whole_captions(source.captions(index)) if source.has_captions else ()
+        return Example(source.id(index), label, center_crop(image, size), captions=captions)
     except BadImageError as error:
         return Example(source.id(index), 0, None, str(error) or type(error).__name__)
+
+
+def whole_captions(found: Sequence[str]) -> tuple[str, ...]:
+    """A record's captions without white space around them. Raises BadImageError for none and for an empty one."""
+    captions = tuple(caption.strip() for caption in found)
+    if not captions:
+        raise BadImageError("it has no caption; expected at least one")
+    if not all(captions):
+        raise BadImageError("its caption is empty; expected words")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError:  # halves of a character, as JSON can spell them
+        raise BadImageError("its caption is no text that is UTF-8") from None
+    return captions
 
 
 @contextlib.contextmanager

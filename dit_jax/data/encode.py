@@ -28,16 +28,18 @@ import tqdm
 from dit_jax.data.claims import FIRST_SHARD, RECIPE, claimed
 from dit_jax.data.crop import CROP
 from dit_jax.data.decode import Example, decoded
+from dit_jax.data.embed import Embedder
 from dit_jax.data.encoders import Encoder, Moments
 from dit_jax.data.metadata import (
     METADATA_FILE,
     DataError,
     LatentMetadata,
     MomentsType,
+    StoredText,
     load_metadata,
     recipe,
-    write_tfds_metadata,
 )
+from dit_jax.data.records import Captions, write_tfds_metadata
 from dit_jax.data.shards import UNFINISHED, ShardWriter, drop_partial, facts_file, is_whole
 from dit_jax.data.sources import Source
 from dit_jax.files import check_folder, sync_folder, write_whole
@@ -63,12 +65,14 @@ def prepare(
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    embedder: Embedder | None = None,
 ) -> LatentMetadata | None:
     """Encode this process's part of a source into `directory`, and finish the dataset if no part is missing.
 
     image_size: side of the square crop, pixels. shard_size: records in a shard. batch_size: images that one
     device encodes at once. workers: processes that decode and resize (0: none, decode here). Process i of n
-    encodes the shards i, i + n, ...; all must see the same folder.
+    encodes the shards i, i + n, ...; all must see the same folder. embedder: what is stored of captions (None: their
+    words, where the source has any).
 
     Returns the metadata of the finished dataset, or None while other processes' shards are missing. Raises
     DataError for an image that cannot be decoded (unless skip_bad), for moments that are not finite in
@@ -89,11 +93,13 @@ def prepare(
         )
     if not 0 <= process_index < process_count:
         raise DataError(f"--process-index is {process_index}; expected 0 to {process_count - 1}")
-    plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size)
+    embedder = (embedder or Embedder()) if source.has_captions else None
+    text = embedder.stored if embedder else None
+    plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size, text)
     out = pathlib.Path(directory)
     mine = range(process_index, plan.num_shards, process_count)
     try:
-        metadata = _look(out, plan) or _make(out, plan, mine, source, encoder, skip_bad, workers)
+        metadata = _look(out, plan) or _make(out, plan, mine, source, encoder, skip_bad, workers, embedder)
     except OSError as error:
         metadata = _look(out, plan)  # another process may have finished the same dataset and cleared up
         if metadata is None:
@@ -114,6 +120,7 @@ def _plan(
     dtype: MomentsType,
     shard_size: int,
     batch_size: int,
+    text: StoredText | None,
 ) -> LatentMetadata:
     """The metadata of a dataset that is yet to be made."""
     if image_size <= 0 or image_size % encoder.factor:
@@ -142,6 +149,7 @@ def _plan(
         label_names=source.label_names,
         shard_size=shard_size,
         batch_size=batch_size,
+        text=text,
     )
 
 
@@ -182,6 +190,7 @@ def _make(
     encoder: Encoder,
     skip_bad: bool,
     workers: int,
+    embedder: Embedder | None,
 ) -> LatentMetadata | None:
     """Encode the shards `mine` where they are missing, and finish the dataset if none is missing then.
 
@@ -199,21 +208,27 @@ def _make(
         missing = [i for i in mine if not is_whole(out, i, plan)]
         if alone:
             drop_partial(out, missing)
-        _encode_shards(out, plan, missing, source, encoder, skip_bad, workers)
+        _encode_shards(out, plan, missing, source, encoder, skip_bad, workers, embedder)
         if all(is_whole(out, i, plan) for i in range(plan.num_shards)):
             return _finish(out, plan)
     return _look(out, plan)
 
 
 def _require_same(plan: LatentMetadata, found: dict[str, Any], out: pathlib.Path, what: str) -> None:
-    wanted = json.loads(json.dumps(recipe(plan)))
-    found = json.loads(json.dumps(found))
-    for key, value in wanted.items():
-        if found.get(key) != value:
+    wanted, found = (_flat(json.loads(json.dumps(facts))) for facts in (recipe(plan), found))
+    for key in wanted | found:
+        if found.get(key) != wanted.get(key):
             raise DataError(
-                f"{out} holds {what} with {key} {found.get(key)!r}, but this run has {value!r}; "
+                f"{out} holds {what} with {key} {found.get(key)!r}, but this run has {wanted.get(key)!r}; "
                 "use the same options or another folder"
             )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts, those of captions under names of their own."""
+    text = facts.get("text")
+    of_text = {f"text {name}": value for name, value in text.items()} if isinstance(text, dict) else {}
+    return {name: value for name, value in facts.items() if name != "text"} | of_text
 
 
 def _finish(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata:
@@ -248,6 +263,8 @@ def _gather(plan: LatentMetadata, facts: Sequence[dict[str, Any]]) -> LatentMeta
         shard_counts=tuple(f["count"] for f in facts),
         shard_bytes=tuple(f["bytes"] for f in facts),
         shard_sha256=tuple(f["sha256"] for f in facts),
+        captions=sum(f.get("captions", 0) for f in facts),
+        caption_tokens=sum(f.get("caption_tokens", 0) for f in facts),
     )
 
 
@@ -271,6 +288,7 @@ def _encode_shards(
     encoder: Encoder,
     skip_bad: bool,
     workers: int,
+    embedder: Embedder | None,
 ) -> None:
     """Decode, encode and write the given shards; the device works on one batch while the next is decoded."""
     size = plan.batch_size * encoder.devices
@@ -288,7 +306,9 @@ def _encode_shards(
         def write(batch: _Batch, moments: Any) -> None:
             nonlocal writer
             writer = writer or ShardWriter(out, plan, batch.shard)
-            writer.write(batch.examples, np.asarray(moments))
+            # The device works on the next batch meanwhile.
+            captions = _embedded(embedder, batch, plan.batch_size) if embedder else None
+            writer.write(batch.examples, np.asarray(moments), captions)
             bar.update(len(batch.examples))
             if batch.last:
                 writer.close()
@@ -304,6 +324,14 @@ def _encode_shards(
         finally:
             if writer is not None:
                 writer.abandon()
+
+
+def _embedded(embedder: Embedder, batch: _Batch, size: int) -> list[Captions]:
+    """The captions of a batch's examples with an image, `size` examples at a time, however many devices there are: an
+    encoder may round a caption otherwise beside others."""
+    good = [example for example in batch.examples if not example.problem]
+    parts = [embedder.captions(good[start : start + size]) for start in range(0, len(good), size)]
+    return [said for part in parts for said in part]
 
 
 def _batches(

@@ -17,24 +17,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dit_jax.conditions import Condition, condition_of
+from dit_jax.conditions import AnyCondition, condition_of
 from dit_jax.config import Config, ConfigError
-from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, parse, shard_name
+from dit_jax.data.captions import Reader, captions_in
+from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, shard_name
+from dit_jax.data.records import features_of
 from dit_jax.processes import on_lead
 
 
 class LatentDataset:
     """Random access to the records of a prepared dataset; safe to read from many threads.
 
-    directory: a finished dataset. mirror: read the mirror image's moments too where they are stored.
+    directory: a finished dataset. mirror: read the mirror image's moments too where they are stored. condition: what
+    is read beside them (None: the labels), which the records must hold.
     Raises DataError where the folder holds no finished dataset or a shard is missing or of another size.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], mirror: bool = True):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        mirror: bool = True,
+        condition: AnyCondition | None = None,
+    ):
         self.directory = pathlib.Path(directory)
         self.metadata: LatentMetadata = load_metadata(directory)
         m = self.metadata
-        self.condition = m.condition
+        self.condition: AnyCondition = condition or m.condition
+        self.conditions = Reader(self.condition, m)
         self.shards = [self.directory / shard_name(i, m.num_shards) for i in range(m.num_shards)]
         for shard, size in zip(self.shards, m.shard_bytes, strict=True):
             found = shard.stat().st_size if shard.is_file() else "no file"
@@ -66,37 +75,80 @@ class LatentDataset:
         """Bytes of one record's moments as `read` returns them."""
         return int(np.prod(self.record_shape)) * np.dtype(self.metadata.dtype).itemsize
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Sequence[int] | np.ndarray, words: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """`moments` (n, M, h, w, 2c), mean then std, and the condition's arrays, of these records in this order.
 
+        words: (n,) uint64, by which one of a record's captions is drawn (None: the first one).
         Raises IndexError for an index outside the set and DataError for a damaged record.
         """
-        rows = np.asarray(indices, np.int64)
-        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
-            raise IndexError(f"indices {rows.min()}..{rows.max()} reach outside {self!r}")
-        m = self.metadata
-        stored = int(np.prod(m.moments_shape)) * np.dtype(m.dtype).itemsize
-        moments = np.empty((len(rows), *self.record_shape), m.dtype)
-        flat = moments.reshape(len(rows), -1)
-        condition = self.condition.empty(len(rows))
-        for row, (_, values, data) in self._records(rows):
-            if len(data) != stored:
-                raise DataError(
-                    f"record {rows[row]} of {self.directory} has {len(data)} bytes of moments; "
-                    f"expected {stored} for {m.moments_shape} {m.dtype}"
-                )
-            flat[row] = np.frombuffer(data, m.dtype, flat.shape[1])
-            for name, array in condition.items():
-                array[row] = values[name]
+        rows = self._checked(indices)
+        moments = np.empty((len(rows), *self.record_shape), self.metadata.dtype)
+        condition = self.conditions.empty(len(rows))
+        drawn = [0] * len(rows) if words is None else words.tolist()
+        for row, feature in self._records(rows):
+            try:
+                self._put_moments(moments, row, feature)
+                self.conditions.put(condition, row, feature, drawn[row])
+            except DataError as error:
+                raise self._of_record(rows[row], error) from None
         return {"moments": moments, **condition}
+
+    def read_into(
+        self, moments: np.ndarray, first: int, last: int, each: Callable[[int, Mapping[str, Any]], None]
+    ) -> None:
+        """The moments of records first..last - 1 to their rows of `moments`, and each one's features to `each`."""
+        for row, feature in self._records(self._checked(range(first, last))):
+            try:
+                self._put_moments(moments, first + row, feature)
+                each(first + row, feature)
+            except DataError as error:
+                raise self._of_record(first + row, error) from None
 
     def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The source ids of these records."""
-        found = dict(self._records(np.asarray(indices, np.int64)))
-        return [os.fsdecode(found[row][0]) for row in range(len(found))]
+        found = dict(self._records(self._checked(indices)))
+        return [os.fsdecode(found[row]["id"].bytes_list.value[0]) for row in range(len(found))]
 
-    def _records(self, rows: np.ndarray) -> Iterator[tuple[int, tuple[bytes, Condition, bytes]]]:
-        """(place in rows, parsed record), shard by shard."""
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
+        """All captions of these records; DataError for a set that has none."""
+        found = dict(self._records(self._checked(indices)))
+        return [tuple(captions_in(found[row])) for row in range(len(found))]
+
+    def examples(self, n: int) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Conditions of n records, evenly spread over the set, with their first captions; none of a set of labels.
+
+        Of a set smaller than n some stand there more than once.
+        """
+        rows = np.linspace(0, len(self), n, endpoint=False).astype(np.int64)
+        condition = self.read(rows)
+        del condition["moments"]
+        captions = [words[0] for words in self.captions(rows)] if self.conditions.of_text else []
+        return condition, captions
+
+    def _checked(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        rows = np.asarray(indices, np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"indices {rows.min()}..{rows.max()} reach outside {self!r}")
+        return rows
+
+    def _of_record(self, row: int, error: DataError) -> DataError:
+        """What is wrong with a record, with its number and its folder."""
+        return DataError(str(error).replace("a record", f"record {row} of {self.directory}", 1))
+
+    def _put_moments(self, moments: np.ndarray, row: int, feature: Mapping[str, Any]) -> None:
+        m, data = self.metadata, feature["moments"].bytes_list.value[0]
+        stored = int(np.prod(m.moments_shape)) * np.dtype(m.dtype).itemsize
+        if len(data) != stored:
+            raise DataError(
+                f"a record has {len(data)} bytes of moments; expected {stored} for {m.moments_shape} {m.dtype}"
+            )
+        flat = moments[row].reshape(-1)
+        flat[:] = np.frombuffer(data, m.dtype, len(flat))
+
+    def _records(self, rows: np.ndarray) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """(place in rows, features of the record), shard by shard."""
         order = np.argsort(rows, kind="stable")  # by shard, and forwards within each
         bounds = np.searchsorted(rows[order], np.concatenate([[0], self._ends]))
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
@@ -104,16 +156,18 @@ class LatentDataset:
             first = self._ends[shard] - self.metadata.shard_counts[shard]
             records = self._read_shard(shard, rows[where] - first)
             for row, record in zip(where.tolist(), records, strict=True):
-                yield row, parse(record, self.condition.fields)
+                yield row, features_of(record)
 
-    def _read_shard(self, shard: int, positions: np.ndarray) -> Sequence[bytes]:
-        try:
-            reader = self._reader(os.fspath(self.shards[shard]))
-            # One range per record costs a third of the CPU time of one list of positions, which wakes the
-            # library's thread pool for each; the loader's threads read in parallel anyway.
-            return [record for at in positions.tolist() for record in reader.read(at, at + 1)]
-        except (ValueError, RuntimeError, IndexError) as error:
-            raise DataError(f"{self.shards[shard]} cannot be read: {error}") from None
+    def _read_shard(self, shard: int, positions: np.ndarray) -> Iterator[bytes]:
+        """The records at these positions, one after the other: with embeddings they are large."""
+        for at in positions.tolist():
+            try:
+                # One range per record costs a third of the CPU time of one list of positions, which wakes the
+                # library's thread pool for each; the loader's threads read in parallel anyway.
+                (record,) = self._reader(os.fspath(self.shards[shard])).read(at, at + 1)
+            except (ValueError, RuntimeError, IndexError) as error:
+                raise DataError(f"{self.shards[shard]} cannot be read: {error}") from None
+            yield record
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
@@ -172,11 +226,10 @@ def open_dataset(config: Config) -> LatentDataset:
     directory = config.data.dir
     if not directory:
         raise ConfigError("--data.dir is empty; expected the folder of a dataset made by prepare.py")
-    if config.data.source == "digits":
-        _prepare_digits(directory)
-    dataset = LatentDataset(directory, mirror=config.data.mirror)
-    check_dataset(dataset.metadata, config)
-    return dataset
+    if config.data.source in EMBEDDED:
+        _prepare_embedded(config.data.source, directory)
+    check_dataset(load_metadata(directory), config)
+    return LatentDataset(directory, mirror=config.data.mirror, condition=condition_of(config))
 
 
 def check_dataset(metadata: LatentMetadata, config: Config) -> None:
@@ -187,7 +240,8 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
             f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; "
             f"--model.input-size and --model.in-channels say {(*model.input_size, model.in_channels)}"
         )
-    condition_of(config).check_data(metadata.condition, where)
+    kind = condition_of(config)
+    kind.check_data(metadata.stored(kind), where)
     if config.data.mirror and not metadata.mirrors:
         raise ConfigError(
             f"{where} holds no mirror images; set --data.no-mirror, or prepare it again with --mirrors"
@@ -206,8 +260,12 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
             )
 
 
-def _prepare_digits(directory: str) -> None:
-    """Process 0 prepares the digits where they are missing; the others wait for it."""
+EMBEDDED = {"digits": 32, "digits-text": 72}
+"""Sources that ship along, which are prepared at first use: side of the pictures."""
+
+
+def _prepare_embedded(source: str, directory: str) -> None:
+    """Process 0 prepares such a source where it is missing; the others wait for it."""
     from dit_jax.data.metadata import METADATA_FILE
 
     def make() -> None:
@@ -217,6 +275,7 @@ def _prepare_digits(directory: str) -> None:
         from dit_jax.data.encoders import flax_encoder
         from dit_jax.data.sources import open_source
 
-        prepare(open_source("digits"), flax_encoder("digits"), directory, image_size=32, mirrors=False)
+        encoder, size = flax_encoder("digits"), EMBEDDED[source]
+        prepare(open_source(source), encoder, directory, image_size=size, mirrors=False)
 
     on_lead(make)

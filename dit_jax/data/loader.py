@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import os
 import pathlib
@@ -25,6 +26,8 @@ import tqdm
 from jax.sharding import NamedSharding
 
 from dit_jax.config import ConfigError
+from dit_jax.data.captions import CaptionTable, caption_words
+from dit_jax.data.captions import gather as gather_captions
 from dit_jax.data.latents import LatentDataset
 from dit_jax.memory import host_memory
 
@@ -121,6 +124,10 @@ class Order:
     def __getitem__(self, count: int) -> np.ndarray:
         return batch_indices(self.seed, self.start + count, self.batch_size, self.n)
 
+    def words(self, count: int) -> np.ndarray:
+        """The words (B,) that draw the captions of that batch."""
+        return caption_words(self.seed, self.start + count, self.batch_size)
+
 
 # ------------------------------------------------------------------------------------------- batches
 
@@ -154,9 +161,11 @@ def batches(
     check_memory(dataset, batch_size, cache, workers)
     order = Order(seed, batch_size, len(dataset), start_step)
     if cache == "device":
-        return _device_batches(_on_device(dataset, sharding), order, sharding)
+        return _device_batches(dataset, order, sharding)
     read = _InMemory(dataset).read if cache == "ram" else dataset.read
-    return _streamed_batches(_Steps(read, order, local_rows(sharding, batch_size)), sharding, workers)
+    rows = local_rows(sharding, batch_size)
+    steps = _Steps(read, order, rows, dataset.conditions.of_text)
+    return _streamed_batches(steps, sharding, workers)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -181,15 +190,18 @@ def to_global(rows: np.ndarray, data: np.ndarray, batch_size: int, sharding: Nam
 class _Steps:
     """Random access to this process's rows of every batch, as grain wants it."""
 
-    read: Callable[[np.ndarray], dict[str, np.ndarray]]
+    read: Callable[..., dict[str, np.ndarray]]
     order: Order
     rows: np.ndarray
+    of_text: bool
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, count: SupportsIndex) -> dict[str, np.ndarray]:
-        return self.read(self.order[count.__index__()][self.rows])
+        step = count.__index__()
+        drawn = [self.order.words(step)[self.rows]] if self.of_text else []
+        return self.read(self.order[step][self.rows], *drawn)
 
 
 def _streamed_batches(steps: _Steps, sharding: NamedSharding, workers: int) -> Generator[Batch]:
@@ -228,11 +240,11 @@ def check_memory(dataset: LatentDataset, batch_size: int, cache: Cache = "none",
     Every process holds its own copy of a cached set, so those of a host are counted together. All processes of a
     run must call this, and all get the same answer.
     """
-    size = len(dataset) * dataset.record_bytes
+    size = set_bytes(dataset)
     copies = {"none": 0, "ram": 1, "device": 1}[cache]
     if cache == "device" and jax.default_backend() == "cpu":
         copies += jax.local_device_count()  # whose memory is the host's
-    share = -(-batch_size // jax.process_count())
+    share = -(-batch_size // jax.process_count()) * (dataset.record_bytes + dataset.conditions.sample_bytes)
     ahead = 0 if cache == "device" else _readers(workers) + BATCHES_PLACED
     processes, room = _host()
     in_all = f" in {processes} processes on a host" if processes > 1 else ""
@@ -241,12 +253,17 @@ def check_memory(dataset: LatentDataset, batch_size: int, cache: Cache = "none",
             f"--data.cache is {cache}, which needs {size * copies * processes / 1e9:.1f} GB for {dataset!r}{in_all}, "
             f"but there are {room / 1e9:.1f} GB; expected none or a smaller set"
         )
-    if share * dataset.record_bytes * ahead * processes > room:
+    if share * ahead * processes > room:
         raise ConfigError(
             f"--train.batch-size is {batch_size}, of which {ahead} are in memory at once: "
-            f"{share * dataset.record_bytes * ahead * processes / 1e9:.1f} GB{in_all}, but there are "
+            f"{share * ahead * processes / 1e9:.1f} GB{in_all}, but there are "
             f"{room / 1e9:.1f} GB; expected a smaller batch"
         )
+
+
+def set_bytes(dataset: LatentDataset) -> int:
+    """Bytes of a whole set as a cache holds it."""
+    return len(dataset) * dataset.record_bytes + dataset.conditions.cached_bytes
 
 
 def _host() -> tuple[int, int]:
@@ -270,49 +287,74 @@ def _host() -> tuple[int, int]:
 
 
 class _InMemory:
-    """The whole set in host memory."""
+    """The whole set in host memory; of captions all, as the step says which one is drawn."""
 
     def __init__(self, dataset: LatentDataset):
-        chunk = max(1, 2**24 // dataset.record_bytes)
-        self.data = {
-            "moments": np.empty((len(dataset), *dataset.record_shape), dataset.metadata.dtype),
-            **dataset.condition.empty(len(dataset)),
-        }
+        chunk = 512
+        self.moments = np.empty((len(dataset), *dataset.record_shape), dataset.metadata.dtype)
+        reader = dataset.conditions
+        self.table = CaptionTable(reader) if reader.of_text else None
+        self.labels = {} if self.table else reader.empty(len(dataset))
+        add = self.table.add if self.table else functools.partial(reader.put, self.labels, word=0)
         quiet = jax.process_index() != 0
         with tqdm.tqdm(total=len(dataset), desc="reading the dataset", unit="record", disable=quiet) as bar:
             for start in range(0, len(dataset), chunk):
-                rows = np.arange(start, min(start + chunk, len(dataset)))
-                for name, value in dataset.read(rows).items():
-                    self.data[name][rows] = value
-                bar.update(len(rows))
+                stop = min(start + chunk, len(dataset))
+                dataset.read_into(self.moments, start, stop, add)
+                bar.update(stop - start)
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: value[indices] for name, value in self.data.items()}
+    def read(self, indices: np.ndarray, words: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        if self.table is None:
+            condition = {name: value[indices] for name, value in self.labels.items()}
+        else:
+            assert words is not None
+            condition = self.table.take(self.table.rows(indices, words))
+        return {"moments": self.moments[indices], **condition}
 
 
-def _on_device(dataset: LatentDataset, sharding: NamedSharding) -> Batch:
-    """The whole set, copied to every device of the mesh."""
+def _check_room(dataset: LatentDataset, sharding: NamedSharding) -> None:
+    """Raises ConfigError where a device has less room than the whole set needs."""
     for device in sharding.addressable_devices:
         stats = device.memory_stats() or {}  # type: ignore[attr-defined]
         room = stats.get("bytes_limit", sys.maxsize) - stats.get("bytes_in_use", 0)
-        size = len(dataset) * dataset.record_bytes
+        size = set_bytes(dataset)
         if size > room:
             raise ConfigError(
                 f"--data.cache is device, which needs {size / 1e9:.1f} GB for {dataset!r}, but a device has "
                 f"{room / 1e9:.1f} GB left; expected none, ram or a smaller set"
             )
+
+
+def _device_batches(dataset: LatentDataset, order: Order, sharding: NamedSharding) -> Generator[Batch]:
+    """Batches of a copy of the whole set on every device of the mesh."""
+    _check_room(dataset, sharding)
     everywhere = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    data = _InMemory(dataset).data
-    return {
-        name: jax.make_array_from_callback(value.shape, everywhere, value.__getitem__)
-        for name, value in data.items()
-    }
 
+    def place(arrays: dict[str, np.ndarray], where: NamedSharding) -> Batch:
+        return {
+            name: jax.make_array_from_callback(value.shape, where, value.__getitem__)
+            for name, value in arrays.items()
+        }
 
-def _device_batches(data: Batch, order: Order, sharding: NamedSharding) -> Generator[Batch]:
-    gather = jax.jit(
-        lambda data, rows: {name: value[rows] for name, value in data.items()}, out_shardings=sharding
-    )
-    for count in itertools.count():
-        indices = order[count].astype(np.int32)
-        yield gather(data, jax.make_array_from_callback(indices.shape, sharding, indices.__getitem__))
+    held = _InMemory(dataset)
+    table, length = held.table, getattr(dataset.condition, "length", 0)
+    moments = place({"moments": held.moments}, everywhere)
+    told = place(table.arrays if table else held.labels, everywhere)
+    if table:
+        table.arrays = {}  # the host keeps which captions are whose
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def gather(moments: Batch, told: Batch, rows: Batch) -> Batch:
+        found = {"moments": moments["moments"][rows["record"]]}
+        if table:
+            return found | gather_captions(told, rows["caption"], length)
+        return found | {name: value[rows["record"]] for name, value in told.items()}
+
+    def stream() -> Generator[Batch]:
+        for count in itertools.count():
+            rows = {"record": order[count].astype(np.int32)}
+            if table:
+                rows["caption"] = table.rows(order[count], order.words(count)).astype(np.int32)
+            yield gather(moments, told, place(rows, sharding))
+
+    return stream()

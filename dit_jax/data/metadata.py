@@ -1,8 +1,7 @@
-"""What a latent dataset is: metadata.json beside its shards, and the shards' names and records.
+"""What a latent dataset is: metadata.json beside its shards, and the shards' names.
 
-A dataset is a folder that plain TFDS opens with `builder_from_directory`: ArrayRecord shards of
-tf.train.Example with `moments` (mean then standard deviation of the VAE's posterior, raw bytes), `label` and
-`id`.
+A dataset is a folder that plain TFDS opens with `builder_from_directory`: ArrayRecord shards of the records that
+`dit_jax.data.records` writes.
 
 Legend: M views (1, or 2 with the mirror image), h, w latent height and width, c latent channels.
 """
@@ -13,22 +12,47 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
-from dit_jax.conditions import Condition, Field, LabelCondition
+from dit_jax.conditions import AnyCondition, LabelCondition, TextCondition
 from dit_jax.config import ConfigError
 
 VERSION = 1
 METADATA_FILE = "metadata.json"
 MomentsType = Literal["float16", "float32"]
+EmbeddingType = Literal["float16", "bfloat16"]
 
 
 class DataError(ConfigError):
     """A source or a dataset is damaged, unfinished, or contradicts what was asked for."""
+
+
+@dataclass(frozen=True)
+class StoredText:
+    """What the records hold of captions: their words, and what an encoder made of them."""
+
+    encoder: str = ""
+    """Who made the embeddings, as --text.encoder names it; empty where words alone are stored."""
+    weights: str = ""
+    """SHA-256 of the encoder's weights."""
+    length: int = 0
+    """Tokens of a caption at most; an embedding is stored at its true length."""
+    channels: int = 0
+    """Of a token."""
+    pooled: int = 0
+    """Channels of the pooled text; 0 for none."""
+    clip_widths: tuple[int, int] = (0, 0)
+    """Of sd3: channels of CLIP-L and CLIP-G."""
+    dtype: EmbeddingType = "float16"
+    """Type of the stored embeddings."""
+
+    @property
+    def condition(self) -> TextCondition:
+        """What a network is told of them."""
+        return TextCondition(
+            self.encoder, self.length, self.channels, self.pooled, clip_widths=self.clip_widths
+        )
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,12 @@ class LatentMetadata:
     """Size of each shard's file."""
     shard_sha256: tuple[str, ...] = ()
     """Checksum of each shard's file."""
+    text: StoredText | None = None
+    """What is stored of captions; None for a set without."""
+    captions: int = 0
+    """Captions of all records."""
+    caption_tokens: int = 0
+    """Tokens of their embeddings."""
 
     @property
     def num_shards(self) -> int:
@@ -100,12 +130,16 @@ class LatentMetadata:
 
     @property
     def condition(self) -> LabelCondition:
-        """What the records hold beside the latents."""
+        """The labels of the records."""
         return LabelCondition(self.num_classes)
+
+    def stored(self, kind: AnyCondition) -> AnyCondition:
+        """What the records hold of a kind of condition: captions, or labels where they have none."""
+        return self.text.condition if self.text and isinstance(kind, TextCondition) else self.condition
 
     def to_json(self) -> str:
         """Indented JSON; `from_json` reads it back to an equal value."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        return json.dumps(_values(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str, name: str = METADATA_FILE) -> LatentMetadata:
@@ -122,7 +156,8 @@ class LatentMetadata:
                     f"{name} has version {found.get('version')!r}; this program reads version {VERSION}"
                 )
             strict = pydantic.ConfigDict(extra="forbid", strict=True)
-            cls.__pydantic_config__ = strict  # type: ignore[attr-defined]
+            for part in (cls, StoredText):
+                setattr(part, "__pydantic_config__", strict)  # noqa: B010  (no type checker knows of it)
             return pydantic.TypeAdapter(cls).validate_json(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{name} is not JSON: {error}") from None
@@ -132,12 +167,24 @@ class LatentMetadata:
             raise DataError(f"{name}: {where}: {first['msg'].lower()}") from None
 
 
-RESULTS = ("count", "latent_mean", "latent_std", "skipped", "shard_counts", "shard_bytes", "shard_sha256")
+OF_CAPTIONS = ("text", "captions", "caption_tokens")  # which a set without captions does not name
+RESULTS = (
+    "count", "latent_mean", "latent_std", "skipped", "shard_counts", "shard_bytes", "shard_sha256", "captions",
+    "caption_tokens",
+)  # fmt: skip
+
+
+def _values(metadata: LatentMetadata) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in dataclasses.asdict(metadata).items()
+        if metadata.text or key not in OF_CAPTIONS
+    }
 
 
 def recipe(metadata: LatentMetadata) -> dict[str, Any]:
     """The part of the metadata that is known before anything is encoded."""
-    return {key: value for key, value in dataclasses.asdict(metadata).items() if key not in RESULTS}
+    return {key: value for key, value in _values(metadata).items() if key not in RESULTS}
 
 
 def shard_name(index: int, num_shards: int) -> str:
@@ -155,86 +202,3 @@ def load_metadata(directory: str | os.PathLike[str]) -> LatentMetadata:
             f"python prepare.py --source folder:PICTURES --vae VAE --out {directory}"
         )
     return LatentMetadata.from_json(file.read_text(), str(file))
-
-
-# ------------------------------------------------------------------------------------------- records
-
-
-def tfds_features(metadata: LatentMetadata) -> Any:
-    """The `tfds.features.FeaturesDict` of a record."""
-    import tensorflow_datasets as tfds
-
-    condition = {
-        name: tfds.features.Tensor(shape=field.shape, dtype=np.int64)
-        if field.shape
-        else tfds.features.Scalar(np.int64)
-        for name, field in metadata.condition.fields.items()
-    }
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            **condition,
-            "moments": tfds.features.Tensor(
-                shape=metadata.moments_shape,
-                dtype=np.dtype(metadata.dtype),
-                encoding=tfds.features.Encoding.BYTES,
-            ),
-        }
-    )
-
-
-def serialize(name: str, condition: Condition, moments: np.ndarray) -> bytes:
-    """A record: the tf.train.Example that TFDS' own serializer makes of id, condition and moments, but faster."""
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
-
-    feature = {
-        "id": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[os.fsencode(name)])),
-        "moments": tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[moments.tobytes()])),
-    }
-    for key, value in condition.items():
-        numbers = tf_feature_pb2.Int64List(value=np.ravel(value).tolist())
-        feature[key] = tf_feature_pb2.Feature(int64_list=numbers)
-    example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=feature))
-    return example.SerializeToString(deterministic=True)  # the order of a map's entries is otherwise free
-
-
-def parse(record: bytes, fields: Mapping[str, Field]) -> tuple[bytes, Condition, bytes]:
-    """(id, condition of these fields, the moments' bytes) of a record."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
-    condition: Condition = {}
-    for key, field in fields.items():
-        numbers = feature[key].int64_list.value
-        condition[key] = np.reshape(numbers, field.shape) if field.shape else numbers[0]
-    return feature["id"].bytes_list.value[0], condition, feature["moments"].bytes_list.value[0]
-
-
-def write_tfds_metadata(directory: pathlib.Path, metadata: LatentMetadata) -> None:
-    """dataset_info.json and features.json, by which plain TFDS opens the folder."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import dataset_info, naming
-
-    template = naming.ShardedFileTemplate(
-        data_dir=directory,
-        template=naming.DEFAULT_FILENAME_TEMPLATE,
-        dataset_name="latents",
-        filetype_suffix="array_record",
-        split="train",
-    )
-    split = tfds.core.SplitInfo(
-        name="train",
-        shard_lengths=list(metadata.shard_counts),
-        num_bytes=sum(metadata.shard_bytes),
-        filename_template=template,
-    )
-    info = tfds.core.DatasetInfo(
-        builder=dataset_info.DatasetIdentity(
-            name="latents", version=tfds.core.Version("1.0.0"), data_dir=os.fspath(directory), module_name=""
-        ),
-        features=tfds_features(metadata),
-        description=f"Moments of the VAE posterior of {metadata.source}; see {METADATA_FILE}.",
-    )
-    info.set_file_format("array_record")
-    info.set_splits(tfds.core.splits.SplitDict([split]))
-    info.write_to_directory(directory)

@@ -17,7 +17,8 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from dit_jax.data.decode import Example
-from dit_jax.data.metadata import DataError, LatentMetadata, serialize, shard_name
+from dit_jax.data.metadata import DataError, LatentMetadata, shard_name
+from dit_jax.data.records import Captions, serialize
 from dit_jax.files import sync_folder, write_whole
 
 UNFINISHED = ".unfinished"  # folder of the recipe, the finished shards' facts and files being written
@@ -52,14 +53,19 @@ class ShardWriter:
         # One record per chunk for random access; moments are noise to a compressor.
         with _as_os_error():
             self._writer = ArrayRecordWriter(os.fspath(self._file), "group_size:1,uncompressed")
-        self._count = 0
+        self._count, self._captions, self._tokens = 0, 0, 0
         self._skipped: list[tuple[str, str]] = []
         self._sums = np.zeros(
             (2, 2 * plan.latent_shape[2])
         )  # of the moments and of their squares, per channel
 
-    def write(self, examples: Sequence[Example], moments: np.ndarray) -> None:
-        """Add a batch: examples with an image take the rows of moments (B, M, h, w, 2c) in order."""
+    def write(
+        self, examples: Sequence[Example], moments: np.ndarray, captions: Sequence[Captions] | None = None
+    ) -> None:
+        """Add a batch: examples with an image take the rows of moments (B, M, h, w, 2c) in order.
+
+        captions: of the examples with an image, embedded (None: their words).
+        """
         good = [example for example in examples if not example.problem]
         self._skipped += [(example.id, example.problem) for example in examples if example.problem]
         moments = moments[: len(good)]
@@ -69,14 +75,17 @@ class ShardWriter:
                 f"the moments of {good[int(np.argmin(finite))].id} are not finite in {self._plan.dtype}; "
                 "expected finite numbers: try --dtype float32 and --precision float32"
             )
-        for example, row in zip(good, moments, strict=True):
+        captions = captions or [Captions(example.captions) for example in good]
+        for example, row, said in zip(good, moments, captions, strict=True):
             if not 0 <= example.label < max(1, self._plan.num_classes):
                 raise DataError(
                     f"{example.id} has label {example.label}; expected 0 to {self._plan.num_classes - 1}"
                 )
             with _as_os_error():
-                self._writer.write(serialize(example.id, {"label": example.label}, row))
+                self._writer.write(serialize(example.id, {"label": example.label}, row, said))
         self._count += len(good)
+        self._captions += sum(len(said.words) for said in captions)
+        self._tokens += sum(said.tokens for said in captions)
         values = moments.reshape(len(good), -1, moments.shape[-1]).astype(np.float32)  # (B, M h w, 2c)
         totals = (np.sum(x, axis=1, dtype=np.float64) for x in (values, np.square(values)))  # each (B, 2c)
         # Image after image, so that the sums' last bits do not depend on how many come in one call.
@@ -99,6 +108,8 @@ class ShardWriter:
             "sum": self._sums[0].tolist(),
             "sum_of_squares": self._sums[1].tolist(),
         }
+        if self._plan.text:
+            facts |= {"captions": self._captions, "caption_tokens": self._tokens}
         write_whole(facts_file(self._out, self._index), json.dumps(facts) + "\n")
         os.replace(self._file, self._out / shard_name(self._index, self._plan.num_shards))
         sync_folder(self._out)

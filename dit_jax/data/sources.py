@@ -13,8 +13,8 @@ import pathlib
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -59,6 +59,12 @@ class Source(Protocol):
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The record as an RGB image and its label (0 without labels). Raises BadImageError."""
 
+    has_captions: bool
+    """Whether captions are stored."""
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The record's captions, where there are any. Raises BadImageError for one without."""
+
 
 def open_source(name: str, split: str = "train", tfds_data_dir: str | None = None) -> Source:
     """The source of that name: `digits`, `folder:PATH`, `npz:PATH`, `tfds:NAME` or `tfds:PATH`.
@@ -77,13 +83,8 @@ def open_source(name: str, split: str = "train", tfds_data_dir: str | None = Non
 
 def _open(name: str, split: str, tfds_data_dir: str | None) -> Source:
     kind, _, rest = name.partition(":")
-    if name == "digits":
-        from dit_jax.data.digits import load_digits
-
-        if split not in ("train", "test"):
-            raise DataError(f"--split is {split!r}; expected train or test for the digits")
-        images, labels = load_digits("test" if split == "test" else "train")
-        return ArraySource(f"digits/{split}", images, labels, tuple("0123456789"))
+    if name in ("digits", "digits-text"):
+        return _embedded(name, split)
     if kind == "folder" and rest:
         return FolderSource(pathlib.Path(os.path.expanduser(rest)))
     if kind == "npz" and rest:
@@ -91,6 +92,21 @@ def _open(name: str, split: str, tfds_data_dir: str | None) -> Source:
     if kind == "tfds" and rest:
         return TfdsSource(rest, split, tfds_data_dir)
     raise DataError(f"--source is {name!r}; expected digits, folder:PATH, npz:PATH, tfds:NAME or tfds:PATH")
+
+
+def _embedded(name: str, split: str) -> ArraySource:
+    if split not in ("train", "test"):
+        raise DataError(f"--split is {split!r}; expected train or test for the digits")
+    part: Literal["train", "test"] = "test" if split == "test" else "train"
+    if name == "digits":
+        from dit_jax.data.digits import load_digits
+
+        images, labels = load_digits(part)
+        return ArraySource(f"digits/{split}", images, labels, tuple("0123456789"))
+    from dit_jax.data.digits_text import TRAINING_PICTURES, make
+
+    made = make(TRAINING_PICTURES, 0, part)
+    return ArraySource(f"digits-text/{split}", made.images, captions=made.captions)
 
 
 def decode_rgb(data: bytes) -> Image.Image:
@@ -127,18 +143,20 @@ class ArraySource:
         images: np.ndarray,
         labels: np.ndarray | None = None,
         label_names: tuple[str, ...] = (),
+        captions: Sequence[Sequence[str]] = (),
     ):
         self.name, self.label_names = name, label_names
-        self.images, self.labels = images, labels
+        self.images, self.labels, self._captions = images, labels, captions
+        self.has_captions = bool(captions)
         self.num_classes = len(label_names) or (0 if labels is None else int(labels.max()) + 1)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def fingerprint(self) -> str:
-        return _sha256(
-            [self.images.tobytes(), b"" if self.labels is None else self.labels.astype(np.int64).tobytes()]
-        )
+        labels = b"" if self.labels is None else self.labels.astype(np.int64).tobytes()
+        captions = [repr(tuple(said)).encode() for said in self._captions] if self.has_captions else []
+        return _sha256([self.images.tobytes(), labels, *captions])
 
     def id(self, index: int) -> str:
         return str(index)
@@ -146,6 +164,9 @@ class ArraySource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         label = 0 if self.labels is None else int(self.labels[index])
         return Image.fromarray(self.images[index]).convert("RGB"), label
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self._captions[index]
 
 
 def npz_source(path: pathlib.Path) -> ArraySource:
@@ -196,6 +217,7 @@ class FolderSource:
     """
 
     in_memory = False
+    has_captions = False
 
     def __init__(self, path: pathlib.Path):
         if not os.path.isdir(path):
@@ -236,6 +258,9 @@ class FolderSource:
         except OSError as error:  # the disk's trouble, not the picture's: never skipped
             raise _unreadable(error) from None
         return decode_rgb(data), self.labels[index]
+
+    def captions(self, index: int) -> Sequence[str]:
+        return ()
 
 
 def _readable(name: str) -> str:
@@ -279,6 +304,7 @@ class TfdsSource:
     """
 
     in_memory = False
+    has_captions = False
 
     def __init__(self, name: str, split: str, data_dir: str | None = None):
         import tensorflow_datasets as tfds
@@ -320,6 +346,9 @@ class TfdsSource:
     def read(self, index: int) -> tuple[Image.Image, int]:
         record = self._records[index]
         return decode_rgb(record["image"]), int(record["label"]) if self.num_classes else 0
+
+    def captions(self, index: int) -> Sequence[str]:
+        return ()
 
 
 def _tfds_builder(name: str, data_dir: str | None) -> Any:

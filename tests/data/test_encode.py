@@ -13,7 +13,8 @@ from dit_jax.conditions import LabelCondition
 from dit_jax.data.decode import decoded
 from dit_jax.data.encode import UNFINISHED, prepare
 from dit_jax.data.latents import LatentDataset
-from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, parse, serialize, tfds_features
+from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata
+from dit_jax.data.records import parse, serialize, tfds_features
 
 
 @pytest.fixture(scope="module")

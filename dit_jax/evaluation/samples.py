@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,33 +38,42 @@ class Provenance:
     seed: int | None = None
     precision: str | None = None
     """In which the network computed."""
+    prompts: list[str] | None = None
+    """The captions asked for, each once."""
+    negative_prompt: str | None = None
 
 
 def save_samples(
     path: str | os.PathLike[str],
     images: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     provenance: Provenance | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> None:
-    """arr_0: images (N, H, W, 3) uint8, as the ADM evaluator reads them; arr_1: labels (N,); `provenance`: JSON text.
+    """arr_0: images (N, H, W, 3) uint8, as the ADM evaluator reads them; arr_1: labels (N,), or `prompts`: captions
+    (N,); `provenance`: JSON text.
 
     The file appears when it is whole.
     """
-    write_samples(path, [images], labels, provenance)
+    write_samples(path, [images], labels, provenance, prompts)
 
 
 def write_samples(
     path: str | os.PathLike[str],
     blocks: Iterable[np.ndarray],
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     provenance: Provenance | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> None:
     """The same of images that come in blocks (n, H, W, 3), N in all, of which one is held at a time."""
     blocks = iter(blocks)
     first = next(blocks)
+    beside = {} if labels is None else {"arr_1": labels}
+    beside |= {} if prompts is None else {"prompts": np.asarray(prompts, np.str_)}
+    count = len(next(iter(beside.values())))
     header = {
         "descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
-        "shape": (len(labels), *first.shape[1:]),
+        "shape": (count, *first.shape[1:]),
     }  # fmt: skip
     text = json.dumps(dataclasses.asdict(provenance or Provenance()))
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as file:
@@ -72,7 +81,7 @@ def write_samples(
             np.lib.format.write_array_header_1_0(member, header)
             for block in itertools.chain([first], blocks):
                 member.write(np.ascontiguousarray(block).data)
-        for name, values in (("arr_1", labels), ("provenance", np.array(text))):
+        for name, values in (beside | {"provenance": np.array(text)}).items():
             with file.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, values, allow_pickle=False)
 

@@ -14,7 +14,6 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dit_jax.conditions import Condition
 from dit_jax.config import Config, ConfigError, load, resolve, run_config
 from dit_jax.config.saved import shown
 from dit_jax.data.metadata import LatentMetadata
@@ -25,13 +24,13 @@ from dit_jax.generation.decoding import load_decoder
 from dit_jax.generation.edited import edited_images, edits_asked
 from dit_jax.generation.options import DrawArgs, check_range, drawing
 from dit_jax.generation.parts import Parts, held_bytes, parts_of
+from dit_jax.generation.prompts import Asked, asked_of, check_asked
 from dit_jax.generation.room import check_batch, check_pictures, picture_bytes
 from dit_jax.generation.sampling import (
     SamplingOptions,
-    check_sampling,
+    Told,
     device_mesh,
     generate_images,
-    samples_of,
     sampling_model,
 )
 from dit_jax.generation.stream import Source, draw, on_own_devices
@@ -44,10 +43,9 @@ from dit_jax.runs.checkpoint import CHECKSUMS
 from dit_jax.runs.convert import metadata_of
 from dit_jax.runs.weights import Kind, load_weights
 from dit_jax.runs.workdir import read_metadata
-from dit_jax.samplers.noise import choices, sample_keys
 from dit_jax.samplers.table import SAMPLERS
 
-NOT_DECIDING = {"batch_size", "decode_batch", "vae", "out", "grid_count", "npz", "compile_for"}
+NOT_DECIDING = {"batch_size", "decode_batch", "vae", "prompt", "out", "grid_count", "npz", "compile_for"}
 """Options that do not change the samples."""
 
 
@@ -81,8 +79,8 @@ class SampleArgs(DrawArgs):
     grid_count: int = 100
     """Pictures in the grid at most."""
     npz: str | None = None
-    """.npz file for all pictures: arr_0 uint8 (N, H, W, 3), as the ADM evaluator reads it, and arr_1 labels. They
-    are gathered in NPZ.parts until all are there: the same command goes on with them."""
+    """.npz file for all pictures: arr_0 uint8 (N, H, W, 3), as the ADM evaluator reads it, and arr_1 labels, or
+    prompts. They are gathered in NPZ.parts until all are there: the same command goes on with them."""
     compile_for: str | None = None
     """Only compile the sampling loop for TPUs that are not here, such as v5e:16x16, and print memory and estimated
     speed."""
@@ -149,9 +147,9 @@ def main(args: SampleArgs) -> int:
     options = sampling_options(args)
     run = load_source(args)
     model = sampling_model(run.config)
-    named = model.condition.parse(args.labels, run.metadata.label_names)
+    asked = asked_of(args, run, model)
     guide = None if args.guide_workdir is None else load_guide(args.guide_workdir, run)
-    check_sampling(model, run.config, options, named, by_another=guide is not None)
+    check_asked(model, run, options, asked, guide)
     out = str(run.workdir / "samples.png") if args.out is None and args.npz is None else args.out
     choice = options.choice(create_process(run.config.diffusion))
     edits = edits_asked(args, SAMPLERS[choice.sampler].solver is None)
@@ -160,12 +158,15 @@ def main(args: SampleArgs) -> int:
     if args.npz is None and not edits:
         count = min(count, -(-args.grid_count // args.batch_size) * args.batch_size)
     _check_room(args, out, run, options, count)
-    condition = conditions(named, args, count)
+    asked = asked.embedded(model.condition)
+    rows = asked.rows(args, count)
+    condition, captions = asked.conditions(rows), asked.captions_of(rows)
 
     mesh = device_mesh(1 if edits else None)
     params, guide_model, steps = networks(args, run, guide, mesh)
     if edits:
-        images = edited_images(args, run, options, model, params, condition, guide_model)
+        told = Told(condition, asked.null)
+        images = edited_images(args, run, options, model, params, told, guide_model)
     else:
         decoder = load_decoder(run.metadata, args.vae, args.decode_batch)
         source = Source(
@@ -179,20 +180,22 @@ def main(args: SampleArgs) -> int:
             args.seed,
             args.batch_size,
             guide_model,
+            asked.null,
         )
         if args.npz:
-            _stream(args, run, source, steps, out)
+            _stream(args, run, source, steps, out, asked)
             return 0
         counts: list[int] = []
         images = generate_images(
             model, params, run.config, options, condition, decoder, mesh, args.seed, args.batch_size,
-            progress=True, told=counts.append, guide=guide_model,
+            progress=True, told=counts.append, guide=guide_model, null=asked.null,
         )  # fmt: skip
         if jax.process_index() != 0:
             return 0
         print(f"{max(counts)} evaluations of the network for each sample")
     if args.npz:
-        save_samples(args.npz, images, condition["label"], provenance(args, run, options, steps["step"]))
+        came_from = provenance(args, run, options, steps["step"], asked)
+        save_samples(args.npz, images, condition.get("label"), came_from, captions)
         print(f"{len(images)} pictures of step {steps['step']}: {args.npz}")
     _write_grid(args, out, images, steps["step"])
     return 0
@@ -212,16 +215,7 @@ def networks(
     return (params, theirs), sampling_model(guide.config), {"step": step, "guide_step": guide_step}
 
 
-def conditions(named: Condition, args: DrawArgs, count: int) -> Condition:
-    """The conditions of samples 0 to count - 1 out of those that were named, in the order that was asked for."""
-    among, numbers = samples_of(named), np.arange(count)
-    rows = numbers % among
-    if args.label_order == "random":
-        rows = np.asarray(choices(sample_keys(jax.random.key(args.seed), numbers), among))
-    return {name: values[rows] for name, values in named.items()}
-
-
-def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int) -> Provenance:
+def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int, asked: Asked) -> Provenance:
     """Where samples of these options come from."""
     guidance = {
         "scale": options.cfg_scale, "channels": options.channels, "interval": options.interval,
@@ -237,10 +231,12 @@ def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int) ->
         guidance,
         args.seed,
         run.config.compute.dtype,
+        list(dict.fromkeys(asked.captions)) or None,
+        asked.negative,
     )
 
 
-def recipe(args: DrawArgs, run: Run, steps: dict[str, Any]) -> dict[str, Any]:
+def recipe(args: DrawArgs, run: Run, steps: dict[str, Any], asked: Asked) -> dict[str, Any]:
     """All that decides the samples of these options, by option."""
     folders = {"workdir": str(run.workdir.resolve())}
     if args.guide_workdir is not None:
@@ -251,15 +247,18 @@ def recipe(args: DrawArgs, run: Run, steps: dict[str, Any]) -> dict[str, Any]:
         of_files = run.weights.digest()[:12]
     decides = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DECIDING}
     return decides | folders | steps | {
-        "checkpoint": of_files, "autoencoder": run.metadata.vae_hash[:12], "dtype": run.config.compute.dtype
+        "checkpoint": of_files, "autoencoder": run.metadata.vae_hash[:12], "dtype": run.config.compute.dtype,
+        "prompts": list(asked.captions) or None, "text_encoder": asked.fingerprint[:12] or None,
     }  # fmt: skip
 
 
-def _stream(args: SampleArgs, run: Run, source: Source, steps: dict[str, Any], out: str | None) -> None:
+def _stream(
+    args: SampleArgs, run: Run, source: Source, steps: dict[str, Any], out: str | None, asked: Asked
+) -> None:
     """Draw all samples into parts; process 0 makes the files of them."""
     assert args.npz is not None
     folder, count, step = parts_of(args.npz), args.num_samples, steps["step"]
-    with Parts("--npz", folder, recipe(args, run, steps), count) as parts:
+    with Parts("--npz", folder, recipe(args, run, steps, asked), count) as parts:
         evaluations = draw(on_own_devices(source), parts, lambda images: {"images": images}, progress=True)
         agree()
         if jax.process_index() != 0:
@@ -267,8 +266,9 @@ def _stream(args: SampleArgs, run: Run, source: Source, steps: dict[str, Any], o
         if evaluations:
             print(f"{evaluations} evaluations of the network for each sample")
         blocks = (part["images"] for part in parts.read())
-        came_from = provenance(args, run, source.options, step)
-        write_samples(args.npz, blocks, source.condition["label"], came_from)
+        came_from = provenance(args, run, source.options, step, asked)
+        captions = asked.captions_of(asked.rows(args, count))
+        write_samples(args.npz, blocks, source.condition.get("label"), came_from, captions)
         print(f"{count} pictures of step {step}: {args.npz}")
         if out:
             _write_grid(
@@ -292,6 +292,7 @@ def load_guide(workdir: str, run: Run) -> Run:
         ("latents", run.config.model.input_size, guide.config.model.input_size),
         ("channels", run.config.model.in_channels, guide.config.model.in_channels),
         ("classes", run.config.model.num_classes, guide.config.model.num_classes),
+        ("captions", *(_captions(one.config) for one in (run, guide))),
     ):
         if ours != theirs:
             raise ConfigError(
@@ -299,6 +300,12 @@ def load_guide(workdir: str, run: Run) -> Run:
                 f"({shown(ours)}); expected a run of the same"
             )
     return guide
+
+
+def _captions(config: Config) -> tuple[Any, ...]:
+    """What decides a caption's condition."""
+    text = config.text
+    return text.encoder, text.length, text.channels, text.pooled
 
 
 def _weights(

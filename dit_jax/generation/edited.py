@@ -22,7 +22,7 @@ from dit_jax.generation.editing import (
     save_way,
     strip_of,
 )
-from dit_jax.generation.sampling import SamplingOptions
+from dit_jax.generation.sampling import SamplingOptions, Told
 from dit_jax.models.create import Model
 from dit_jax.samplers.editing import Given
 
@@ -71,7 +71,7 @@ def edited_images(
     options: SamplingOptions,
     model: Model,
     params: Any,
-    condition: Any,
+    told: Told,
     guide: Model | None,
 ) -> np.ndarray:
     """Pictures (N, h, w, 3) uint8, as asked for, in one batch; writes the way of --trajectory."""
@@ -88,10 +88,12 @@ def edited_images(
         given = Given(encode(vae, vae_params, picture, **scale), jnp.asarray(keep))
         stays = (mask.mean(axis=-1) <= 127.5, picture)
     if args.interpolate is not None:
-        condition = {name: np.repeat(values[:1], count, axis=0) for name, values in condition.items()}
+        first = {name: np.repeat(values[:1], count, axis=0) for name, values in told.condition.items()}
+        told = told._replace(condition=first)
     editing = Editing(args.interpolate, args.strength if args.init_image is not None else 1.0)
+    told = told._replace(condition=jax.tree.map(np.asarray, told.condition))
     sampler = make_way_sampler(model, run.config, options, editing, guide)
-    found = sampler(params, args.seed, np.arange(count, dtype=np.int32), condition, given)
+    found = sampler(params, args.seed, np.arange(count, dtype=np.int32), told, given)
     if not np.isfinite(latents := np.asarray(found.states[-1])).all():
         raise FloatingPointError("the samples hold values that are not finite")
     decoder = make_decoder(vae, vae_params, metadata.scaling_factor, metadata.shift_factor)

@@ -22,7 +22,7 @@ from dit_jax.data.crop import center_crop
 from dit_jax.diffusion.create import create_process
 from dit_jax.files import whole_file
 from dit_jax.generation.decoding import Decoder
-from dit_jax.generation.sampling import SamplingOptions, device_mesh, guided_network
+from dit_jax.generation.sampling import SamplingOptions, Told, device_mesh, guided_network
 from dit_jax.models.autoencoder_kl import AutoencoderKL, to_latents
 from dit_jax.models.create import Model
 from dit_jax.pictures import enlargement, grid, save_grid
@@ -50,12 +50,12 @@ class Editing:
 @functools.lru_cache(maxsize=8)
 def make_way_sampler(
     model: Model, config: Config, options: SamplingOptions, editing: Editing, guide: Model | None = None
-) -> Callable[[Any, int, np.ndarray, Any, Given | None], Way]:
-    """A jitted (params, seed, sample indices (N,), condition of N, what is given) -> all states, on one device."""
+) -> Callable[[Any, int, np.ndarray, Told, Given | None], Way]:
+    """A jitted (params, seed, sample indices (N,), what N are told, what is given) -> all states, on one device."""
     process, mesh = create_process(config.diffusion), device_mesh(1)
     choice = options.choice(process)
 
-    def sample(params: Any, seed: Array, indices: Array, condition: Any, given: Given | None) -> Way:
+    def sample(params: Any, seed: Array, indices: Array, told: Told, given: Given | None) -> Way:
         keys = sample_keys(jax.random.key(seed), indices)
         size = (*model.latent_size, model.in_channels)
         if editing.between is None:
@@ -65,7 +65,7 @@ def make_way_sampler(
             first, last = start_noise(ends, size)
             noise = spherical(first, last, jnp.linspace(0.0, 1.0, len(indices)))
             keys = jnp.repeat(ends[:1], len(indices), axis=0)  # of the noise on the way, the same for all
-        denoise = guided_network(process, config, options, model, params, condition, guide, mesh)
+        denoise = guided_network(process, config, options, model, params, told, guide, mesh)
         return way(process, denoise, noise, keys, choice=choice, given=given, strength=editing.strength)
 
     return jax.jit(sample, compiler_options=compiler_options(mesh))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+import tyro
+
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 from dit_jax.generation.sampling import SamplingOptions
@@ -18,7 +20,16 @@ class DrawArgs:
     labels: list[str] = field(default_factory=list)
     """Classes by number or name (default: all classes); number:3 where 3 is a name as well."""
     label_order: Literal["in-turn", "random"] = "in-turn"
-    """in-turn: the classes one after the other, each as often; random: each sample's is drawn, by (seed, i)."""
+    """in-turn: the classes, or prompts, one after the other, each as often; random: each sample's is drawn, by
+    (seed, i)."""
+    prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
+    """Of a run that is told captions: what to show; given again for each of several."""
+    prompts: str | None = None
+    """The same out of a file of UTF-8 text, a prompt a line; blank lines are left out."""
+    negative_prompt: str | None = None
+    """What guidance leads away from (default: an empty caption, as the network was trained)."""
+    text_encoder: str | None = None
+    """Where the encoder of captions lies, if not where the dataset says: a folder or hub id."""
     sampler: str | None = None
     """Name of a sampler, such as unipc_2 (the default, but ddim where --eta is given), ddpm (ancestral), dpmpp_2m,
     euler, heun or dopri5; a name that does not serve the run is answered with those that do."""

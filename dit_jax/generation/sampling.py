@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -43,6 +43,14 @@ from dit_jax.samplers.table import sample as draw_samples
 Array = jax.Array
 
 
+class Told(NamedTuple):
+    """What the network is told of samples: the condition of B of them, and of one what stands in its place under
+    guidance (None: the network's own null)."""
+
+    condition: Any
+    null: Condition | None = None
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How latents are drawn.
@@ -64,9 +72,10 @@ class SamplingOptions:
     schedule: str = "constant"
 
     def guided(
-        self, process: Process, kind: AnyCondition, condition: Any, network: Network, guide: Network | None
+        self, process: Process, kind: AnyCondition, told: Told, network: Network, guide: Network | None
     ) -> DenoiseFn:
         """The network of these samples, drawn away from `guide`, or from itself without a condition."""
+        condition, null = told
         share = SCHEDULES[self.schedule]
         how: dict[str, Any] = {
             "scale": self.cfg_scale, "channels": self.channels, "interval": self.interval, "rescale": self.rescale,
@@ -74,7 +83,9 @@ class SamplingOptions:
         }  # fmt: skip
         if guide is not None:
             return autoguidance(network, guide, kind.tree(condition), **how)
-        return classifier_free_guidance(network, kind.tree(condition), kind.null, **how)
+        return classifier_free_guidance(
+            network, kind.tree(condition), kind.null if null is None else null, **how
+        )
 
     def choice(self, process: Process) -> Choice:
         """What a sampler of this process is told."""
@@ -100,10 +111,10 @@ def device_mesh(count: int | None = None) -> Mesh:
 
 
 def guided_network(
-    process: Process, config: Config, options: SamplingOptions, model: Model, params: Any, condition: Any,
+    process: Process, config: Config, options: SamplingOptions, model: Model, params: Any, told: Told,
     guide: Model | None, mesh: Mesh,
 ) -> DenoiseFn:  # fmt: skip
-    """The network of samples with this condition, as a sampler asks it; `guide` as of `make_latent_sampler`."""
+    """The network of samples that are told this, as a sampler asks it; `guide` as of `make_latent_sampler`."""
     split, device = NamedSharding(mesh, batch_axes(mesh)), mesh.devices.flat[0]
 
     def network_of(model: Model, params: Any) -> Network:
@@ -115,7 +126,7 @@ def guided_network(
 
     of_model, of_guide = (params, None) if guide is None else params
     weaker = guide and network_of(guide, of_guide)
-    return options.guided(process, model.condition, condition, network_of(model, of_model), weaker)
+    return options.guided(process, model.condition, told, network_of(model, of_model), weaker)
 
 
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
@@ -127,8 +138,8 @@ def make_latent_sampler(
     counted: bool = False,
     guide: Model | None = None,
     gathered: bool = True,
-) -> Callable[[Any, int, Array | np.ndarray, Any], Any]:
-    """A jitted (params, seed, sample indices (B,), condition of B) -> latents (B, H, W, C), replicated.
+) -> LatentSampler:
+    """A jitted (params, seed, sample indices (B,), condition of B, null) -> latents (B, H, W, C), replicated.
 
     counted: (latents, how often the network ran) instead. gathered: False leaves the latents split as the batch is.
     guide: a weaker network to be drawn away from; `params` are then a pair, the second one its own.
@@ -139,18 +150,34 @@ def make_latent_sampler(
     split, whole = NamedSharding(mesh, batch_axes(mesh)), NamedSharding(mesh, PartitionSpec())
     given = whole if gathered else split
 
-    def sample(params: Any, seed: Array, indices: Array, condition: Any) -> Any:
+    def sample(params: Any, seed: Array, indices: Array, condition: Any, null: Any) -> Any:
         keys = sample_keys(jax.random.key(seed), indices)
         noise = start_noise(keys, (*model.latent_size, model.in_channels))
 
-        denoise = guided_network(process, config, options, model, params, condition, guide, mesh)
+        told = Told(condition, null)
+        denoise = guided_network(process, config, options, model, params, told, guide, mesh)
         drawn = draw_samples(process, denoise, noise, keys, choice=choice)
         return (drawn.x, drawn.evaluations) if counted else drawn.x
 
-    return jax.jit(
-        sample, in_shardings=(None, None, split, split),
+    return LatentSampler(jax.jit(
+        sample, in_shardings=(None, None, split, split, None),
         out_shardings=(given, whole) if counted else given, compiler_options=compiler_options(mesh),
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LatentSampler:
+    """What `make_latent_sampler` gives; a call needs no null."""
+
+    jitted: Any
+
+    def __call__(self, params: Any, seed: int, indices: Any, condition: Any, null: Any = None) -> Any:
+        """See `make_latent_sampler`."""
+        return self.jitted(params, seed, indices, condition, null)
+
+    def lower(self, params: Any, seed: int, indices: Any, condition: Any, null: Any = None) -> Any:
+        """The program of arguments like these."""
+        return self.jitted.lower(params, seed, indices, condition, null)
 
 
 def generate_images(
@@ -166,15 +193,17 @@ def generate_images(
     progress: bool = False,
     told: Callable[[int], None] | None = None,
     guide: Model | None = None,
+    null: Condition | None = None,
 ) -> np.ndarray:
     """Images (N, h, w, 3) uint8 of samples 0..N-1 with this condition, such as labels (N,).
 
-    told: is called after every batch with how often the network ran for it. guide: as of `make_latent_sampler`.
+    told: is called after every batch with how often the network ran for it. guide: as of `make_latent_sampler`. null:
+    what stands in the condition's place under guidance, of one sample (None: the network's own).
     In a run of several processes all must call; only process 0 decodes, the others get an empty array.
     Raises ConfigError for a condition or options that the model cannot serve.
     """
     condition = model.condition.on_host(condition)
-    check_sampling(model, config, options, condition, guide is not None)
+    check_sampling(model, config, options, condition, guide is not None or null is not None)
     count = samples_of(condition)
     devices = mesh.size // mesh.shape.get("tensor", 1)
     batch_size = min(batch_size, count)
@@ -184,7 +213,9 @@ def generate_images(
     problem: Exception | None = None
     lead = jax.process_index() == 0
     with tqdm(total=count, unit="sample", desc="sampling", disable=not (progress and lead)) as bar:
-        for latents, evaluations in latent_batches(sampler, params, seed, condition, batch_size, mesh):
+        for latents, evaluations in latent_batches(
+            sampler, params, seed, Told(condition, null), batch_size, mesh
+        ):
             if lead and decoder is not None and problem is None:
                 try:
                     images.append(np.asarray(decoder(latents)))
@@ -201,17 +232,18 @@ def generate_images(
 
 
 def latent_batches(
-    sampler: Callable[..., Any], params: Any, seed: int, condition: Condition, batch_size: int, mesh: Mesh
+    sampler: Callable[..., Any], params: Any, seed: int, told: Told, batch_size: int, mesh: Mesh
 ) -> Iterator[tuple[np.ndarray, int]]:
     """(latents (b, H, W, C), how often the network ran) of one batch after the other.
 
     sampler: a counted one of `make_latent_sampler`. Raises FloatingPointError for values that are not finite.
     """
+    condition, null = told
     count = samples_of(condition)
     for start in range(0, count, batch_size):
         part = min(batch_size, count - start)
         try:
-            drawn, evaluations = sampler(params, seed, *batch_of(condition, start, batch_size, mesh))
+            drawn, evaluations = sampler(params, seed, *batch_of(condition, start, batch_size, mesh), null)
             latents = np.asarray(drawn)[:part]
         except jax.errors.JaxRuntimeError:  # too little memory, say
             all_fail_alike()
@@ -244,7 +276,7 @@ def check_sampling(
 ) -> None:
     """Raises ConfigError where options or the condition, such as labels (N,), do not fit the model or the process.
 
-    by_another: another network guides.
+    by_another: another network guides, or another condition.
     """
     kind = model.condition
     condition = kind.on_host(condition)

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dit_jax.conditions import Condition
 from dit_jax.config import ConfigError
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.features import FeatureExtractor, Features
@@ -29,7 +28,6 @@ from dit_jax.evaluation.samples import Provenance
 from dit_jax.files import check_file, check_folder, write_whole
 from dit_jax.generation.command import (
     Run,
-    conditions,
     load_guide,
     load_run,
     networks,
@@ -40,8 +38,9 @@ from dit_jax.generation.curve import check_plot, plot_guidance
 from dit_jax.generation.decoding import load_decoder
 from dit_jax.generation.options import DrawArgs, check_range, drawing
 from dit_jax.generation.parts import Parts
+from dit_jax.generation.prompts import Asked, asked_of, check_asked
 from dit_jax.generation.room import check_batch
-from dit_jax.generation.sampling import check_sampling, device_mesh, sampling_model
+from dit_jax.generation.sampling import device_mesh, samples_of, sampling_model
 from dit_jax.generation.stream import Source, draw, on_own_devices
 from dit_jax.processes import agree, on_lead
 
@@ -115,11 +114,11 @@ def main(args: ScoreArgs) -> list[Evaluation]:
     check_range("--num-samples", args.num_samples)
     run = load_run(args.workdir)
     model = sampling_model(run.config)
-    named = model.condition.parse(args.labels, run.metadata.label_names)
+    asked = asked_of(args, run, model)
     guide = None if args.guide_workdir is None else load_guide(args.guide_workdir, run)
     every = [drawing(args, scale) for scale in _scales(args.cfg_scale)]
     for options in every:
-        check_sampling(model, run.config, options, named, by_another=guide is not None)
+        check_asked(model, run, options, asked, guide)
         check_batch(
             run.config, min(args.batch_size, args.num_samples), options.cfg_scale != 1, jax.device_count()
         )
@@ -135,18 +134,20 @@ def main(args: ScoreArgs) -> list[Evaluation]:
         args.convention,
     )
 
+    asked = asked.embedded(model.condition)
     mesh = device_mesh()
     params, guide_model, steps = networks(args, run, guide, mesh)
-    condition = conditions(named, args, args.num_samples)
+    condition = asked.conditions(asked.rows(args, args.num_samples))
     decoder = load_decoder(run.metadata, args.vae, args.decode_batch)
     first = Source(
-        model, params, run.config, every[0], condition, decoder, mesh, args.seed, args.batch_size, guide_model
-    )
+        model, params, run.config, every[0], condition, decoder, mesh, args.seed, args.batch_size, guide_model,
+        asked.null,
+    )  # fmt: skip
     results = []
     for options in every:
         source = dataclasses.replace(first, options=options)
-        decides = _recipe(args, run, steps, options.cfg_scale, ruler.extractor)
-        came_from = provenance(args, run, options, steps["step"])
+        decides = _recipe(args, run, steps, options.cfg_scale, ruler.extractor, asked)
+        came_from = provenance(args, run, options, steps["step"], asked)
         results += _measure(run, on_own_devices(source), decides, ruler, came_from)
     if jax.process_index() == 0:
         if len(results) > 1:
@@ -173,10 +174,15 @@ def _check_outputs(args: ScoreArgs, plot: str, workdir: pathlib.Path) -> None:
 
 
 def _recipe(
-    args: ScoreArgs, run: Run, steps: dict[str, Any], scale: float, extractor: FeatureExtractor
+    args: ScoreArgs,
+    run: Run,
+    steps: dict[str, Any],
+    scale: float,
+    extractor: FeatureExtractor,
+    asked: Asked,
 ) -> dict[str, Any]:
     """All that decides the features of the samples of one scale."""
-    found = recipe(args, run, steps) | {"cfg_scale": scale, "weights_hash": extractor.weights_hash}
+    found = recipe(args, run, steps, asked) | {"cfg_scale": scale, "weights_hash": extractor.weights_hash}
     found |= {"features": extractor.name, "convention": extractor.convention}
     return {name: value for name, value in found.items() if name not in _OF_THE_METRICS}
 
@@ -187,7 +193,7 @@ def _measure(
     """The result of one scale, in process 0; one that is there already is taken as it is."""
     folder = run.workdir / FOLDER / f"{source.options.cfg_scale:g}"
     result = folder / f"{on_lead(lambda: ruler.reference and ruler.reference.hash)}.json"
-    with Parts("--workdir", folder, decides, len(_labels(source.condition))) as parts:
+    with Parts("--workdir", folder, decides, samples_of(source.condition)) as parts:
         if not on_lead(result.is_file):
             draw(source, parts, ruler.extractor, progress=True)
             agree()
@@ -195,7 +201,7 @@ def _measure(
             return []
         if result.is_file():
             return [_read(json.loads(result.read_text()))]
-        labels = _labels(source.condition)
+        labels = source.condition.get("label")
         found = evaluate(features_of_parts(parts), ruler.reference, ruler.extractor, labels, came_from)
         append_evaluation(run.workdir, found)
         write_whole(result, json.dumps(dataclasses.asdict(found)))
@@ -205,7 +211,3 @@ def _measure(
 
 def _read(values: dict[str, Any]) -> Evaluation:
     return Evaluation(**values | {"provenance": Provenance(**values["provenance"])})
-
-
-def _labels(condition: Condition) -> np.ndarray:
-    return np.asarray(condition["label"])

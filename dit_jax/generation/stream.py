@@ -37,7 +37,8 @@ class Source:
     """Samples 0 to N-1: all that decides what they are, and the devices that draw them.
 
     Attributes: `condition` of all N; `batch_size` over the devices of all processes; `params` lie on `mesh`, with a
-    guide as in `make_latent_sampler`.
+    guide as in `make_latent_sampler`; `null` is what stands in a condition's place under guidance, of one sample
+      (None: the network's own).
     """
 
     model: Model
@@ -50,6 +51,7 @@ class Source:
     seed: int = 0
     batch_size: int = 128
     guide: Model | None = None
+    null: Condition | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _batches(source: Source, batches: list[tuple[int, int]], size: int) -> Itera
     for start, stop in batches:
         try:
             numbers, condition = batch_of(s.condition, start, size, s.mesh)
-            latents, evaluations = sampler(s.params, s.seed, numbers, condition)
+            latents, evaluations = sampler(s.params, s.seed, numbers, condition, s.null)
             rows, own = _own(latents, stop - start)
         except jax.errors.JaxRuntimeError:  # too little memory, say
             if s.mesh.is_multi_process:

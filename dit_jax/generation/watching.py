@@ -59,7 +59,7 @@ def measure(
             of = features_of_parts(parts)
             pool, name = of.statistics["pool"], "fid" if ruler.extractor.name == "inception" else "frechet"
             found[name] = frechet_of(pool.mean, pool.covariance, *ruler.reference.gaussians["pool"])
-            if of.has("read"):
+            if of.has("read") and "label" in condition:
                 found["agreement"] = float(np.mean(of.rows("read") == condition["label"]))
             parts.remove()
     return found

@@ -22,6 +22,7 @@ from dit_jax.generation import command, stream
 from dit_jax.generation.command import SampleArgs
 from dit_jax.generation.decoding import make_decoder, pictures_at_once
 from dit_jax.generation.parts import Parts, parts_of
+from dit_jax.generation.prompts import Asked, asked_of
 from dit_jax.interop.diffusers import load_autoencoder_kl
 from dit_jax.samplers.noise import choices, sample_keys
 
@@ -94,7 +95,10 @@ def test_another_batch_size_goes_on_with_the_same_parts(tiny_run, undisturbed, t
     folder, part = parts_of(tmp_path / "s.npz"), undisturbed["arr_0"]
     args = SampleArgs(workdir=str(tiny_run), npz=str(tmp_path / "s.npz"), **FEW)
     run = command.load_run(tiny_run)
-    with Parts("--npz", folder, command.recipe(args, run, {"step": 5, "guide_step": None}), 44) as parts:
+    asked = asked_of(args, run, command.sampling_model(run.config))
+    with Parts(
+        "--npz", folder, command.recipe(args, run, {"step": 5, "guide_step": None}, asked), 44
+    ) as parts:
         assert parts.missing == [(0, 44)]
         parts.put(20, {"images": part[20:30]})
         parts.put(4, {"images": 255 - part[4:8]})  # marked: what is there is not drawn again
@@ -199,8 +203,8 @@ def test_values_that_are_not_finite_are_no_pictures(tiny_run, tmp_path, monkeypa
     make = stream.make_latent_sampler
 
     def broken(*args):
-        def sampler(params, seed, numbers, condition):
-            latents, evaluations = make(*args)(params, seed, numbers, condition)
+        def sampler(params, seed, numbers, *told):
+            latents, evaluations = make(*args)(params, seed, numbers, *told)
             return jnp.where((numbers == 17)[:, None, None, None], jnp.nan, latents), evaluations
 
         return sampler
@@ -216,12 +220,11 @@ def test_random_labels_are_of_the_seed_and_the_number():
     np.testing.assert_array_equal(drawn[7:9], choices(sample_keys(jax.random.key(3), np.arange(7, 9)), 10))
     assert (np.bincount(drawn, minlength=10) > 140).all() and len(np.bincount(drawn)) == 10
     assert (drawn != np.asarray(choices(sample_keys(jax.random.key(4), np.arange(2000)), 10))).mean() > 0.8
-    named = {"label": np.array([3, 7], np.int32)}
-    labels = command.conditions(named, SampleArgs(label_order="random", seed=3), 50)["label"]
+    asked = Asked({"label": np.array([3, 7], np.int32)})
+    rows = asked.rows(SampleArgs(label_order="random", seed=3), 50)
+    labels = asked.conditions(rows)["label"]
     assert set(labels) == {3, 7} and labels.dtype == np.int32
-    np.testing.assert_array_equal(
-        labels[:9], command.conditions(named, SampleArgs(label_order="random", seed=3), 9)["label"]
-    )
+    np.testing.assert_array_equal(rows[:9], asked.rows(SampleArgs(label_order="random", seed=3), 9))
 
 
 def test_pictures_are_decoded_in_chunks_that_fit():

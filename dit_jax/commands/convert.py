@@ -23,9 +23,10 @@ class ConvertArgs:
     autoencoder of latent diffusion (.ckpt, .pt or .safetensors)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="OUT")]
     """A new file or folder."""
-    to: Literal["run", "pt", "diffusers", "folder"] | None = None
-    """Format of OUT: run (what train.py leaves), pt (published), diffusers, folder (ours, for the Hub). Default: pt
-    where OUT ends with .pt, else folder for a run and run for anything else."""
+    to: Literal["run", "pt", "diffusers", "folder", "lora"] | None = None
+    """Format of OUT: run (what train.py leaves), pt (published), diffusers, folder (ours, for the Hub), lora (a
+    .safetensors file of the low-rank adaptation alone, for diffusers; other formats have it in the weights).
+    Default: pt where OUT ends with .pt, else folder for a run and run for anything else."""
     weights: Literal["ema", "params"] | None = None
     """Averaged (the default) or raw weights, of what holds both."""
     step: int | None = None

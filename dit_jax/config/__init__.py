@@ -9,6 +9,7 @@ Every problem is a `ConfigError` whose one sentence names the option, what was f
 """
 
 from dit_jax.config.check import model_sizes, resolve
+from dit_jax.config.lora import LoraConfig
 from dit_jax.config.networks import MMDIT_SIZES, MMDiTConfig, NetworkConfig
 from dit_jax.config.processes import DiffusionConfig, FlowMatchingConfig, GaussianConfig, ProcessConfig
 from dit_jax.config.recipe import load, parse_args, run_config
@@ -43,6 +44,7 @@ __all__ = [
     "DiffusionConfig",
     "FlowMatchingConfig",
     "GaussianConfig",
+    "LoraConfig",
     "MMDiTConfig",
     "MeshConfig",
     "ModelConfig",

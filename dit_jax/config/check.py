@@ -139,7 +139,7 @@ def _check_values(config: Config) -> None:
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
     _check_model(config)
-    for group in ("diffusion", "text"):
+    for group in ("diffusion", "text", "lora"):
         for good, option, found, expected in getattr(config, group).rules():
             _require(good, f"{group}.{option}", found, expected)
     most_steps, in_words = config.diffusion.steps_of_a_sampler()

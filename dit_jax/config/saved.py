@@ -7,6 +7,7 @@ import functools
 import json
 from typing import Any
 
+from dit_jax.config.lora import LoraConfig
 from dit_jax.config.networks import MODEL_KINDS, DiTConfig, MMDiTConfig
 from dit_jax.config.processes import PROCESS_KINDS, FlowMatchingConfig, GaussianConfig
 from dit_jax.config.schema import (
@@ -68,7 +69,7 @@ def _reader() -> Any:
 
     strict = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     kinds = (DiTConfig, MMDiTConfig, GaussianConfig, FlowMatchingConfig)
-    groups = (TextConfig, ComputeConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
+    groups = (TextConfig, LoraConfig, ComputeConfig, DataConfig, OptimConfig, MeshConfig, TrainConfig)
     for cls in (*kinds, *groups, Config):
         setattr(cls, "__pydantic_config__", strict)  # noqa: B010  (pydantic reads it; no class declares it)
     return pydantic.TypeAdapter(Config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dit_jax.config.lora import LoraConfig
 from dit_jax.config.networks import DIT_PATCHES as DIT_PATCHES
 from dit_jax.config.networks import DIT_SIZES as DIT_SIZES
 from dit_jax.config.networks import Conditioning as Conditioning
@@ -165,6 +166,7 @@ class Config:
 
     model: NetworkConfig = field(default_factory=DiTConfig)
     text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     diffusion: ProcessConfig = field(default_factory=GaussianConfig)
     data: DataConfig = field(default_factory=DataConfig)

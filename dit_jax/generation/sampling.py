@@ -34,6 +34,7 @@ from dit_jax.generation.decoding import make_decoder as make_decoder
 from dit_jax.generation.room import check_pictures
 from dit_jax.models.compute import unrolls
 from dit_jax.models.create import Model, build_model
+from dit_jax.models.lora import merged
 from dit_jax.pictures import save_grid
 from dit_jax.processes import all_fail_alike
 from dit_jax.samplers.grid import GridName
@@ -122,7 +123,7 @@ def guided_network(
         unroll = model.compute.unroll or unrolls(config.compute.unroll, model.hidden_size, mesh)
         model = model.clone(compute=model.compute.on(device, model.num_tokens, model.head_dim))
         split_model = model.computed(batch_sharding=split, quantization="none", unroll=unroll)
-        return lambda x, t, y: split_model.apply({"params": params}, x, t, y)  # type: ignore[return-value]
+        return lambda x, t, y: split_model.apply({"params": params}, x, t, y)
 
     of_model, of_guide = (params, None) if guide is None else params
     weaker = guide and network_of(guide, of_guide)
@@ -332,7 +333,7 @@ def write_sample_grid(
     mesh: Mesh,
 ) -> None:
     """The grid of samples that a run writes at intervals: the same samples each time, so that progress shows."""
-    t, kind = config.train, model.condition
+    t, kind, params = config.train, model.condition, merged(params, config.lora)
     decoder = load_decoder(metadata, config.data.vae or None) if jax.process_index() == 0 else None
     condition = kind.in_turn(t.sample_count)
     images = generate_images(model, params, config, watching(config, model), condition, decoder, mesh, t.seed)

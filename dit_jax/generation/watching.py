@@ -17,6 +17,7 @@ from dit_jax.generation.sampling import watching
 from dit_jax.generation.scoring import Ruler, features_of_parts, open_ruler
 from dit_jax.generation.stream import Source, draw, on_own_devices
 from dit_jax.models.create import Model
+from dit_jax.models.lora import merged
 from dit_jax.processes import together
 
 FOLDER = "train-evaluation.parts"  # in a run's folder, while it is measured
@@ -46,7 +47,7 @@ def measure(
 
     Where a process fails all do, with errors of its kind.
     """
-    t = config.train
+    t, params = config.train, merged(params, config.lora)
     condition = model.condition.in_turn(t.evaluate_count)
     found: dict[str, float] = {}
     with together(), Parts("--train.workdir", workdir / FOLDER, {}, t.evaluate_count, anew=True) as parts:

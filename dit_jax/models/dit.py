@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.conditions import AnyCondition, LabelCondition, TextCondition
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, LoraConfig
 from dit_jax.models.blocks import MODULATIONS, Block, Modulation
 from dit_jax.models.compute import Compute
 from dit_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, patchify, unpatchify
@@ -49,6 +49,7 @@ class DiT(OnPatches, nn.Module):
     learn_sigma: bool = True
     conditioning: str = "adaln_zero"
     text: TextCondition | None = None
+    lora: LoraConfig = LoraConfig()
     compute: Compute = Compute()
     parts: Parts = Parts()
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.conditions import TextCondition
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, LoraConfig
 from dit_jax.config.check import mmdit_sizes
 from dit_jax.config.text import SD3
 from dit_jax.models.blocks import Modulation
@@ -68,6 +68,7 @@ class MMDiT(OnPatches, nn.Module):
     positions_side: int = 192
     positions_base: int = 64
     text: TextCondition = SD3_TEXT
+    lora: LoraConfig = LoraConfig()
     compute: Compute = Compute()
 
     @classmethod

@@ -6,17 +6,35 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, Self
 
+import jax
+
+from dit_jax.config import LoraConfig
 from dit_jax.models.compute import Compute
+from dit_jax.models.lora import LORA, merged, with_lora
 
 
 class OnPatches:
-    """For a Flax module with `input_size`, a latent's side or (H, W), `patch_size`, and `compute`."""
+    """For a Flax module with `input_size`, a latent's side or (H, W), `patch_size`, `compute` and `lora`."""
 
     if TYPE_CHECKING:
         input_size: int | tuple[int, int]
         patch_size: int
         compute: Compute
+        lora: LoraConfig
         clone: Any
+
+    def init(self, rngs: Any, *args: Any, **options: Any) -> Any:
+        """Fresh variables, with those of low-rank adaptation where `lora` asks for it."""
+        variables = super().init(rngs, *args, **options)  # type: ignore[misc]
+        if self.lora.rank == 0:
+            return variables
+        return {"params": with_lora(variables["params"], self.lora, jax.random.fold_in(rngs, 1))}
+
+    def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
+        """The network with these variables, moved by those of low-rank adaptation where they are among them."""
+        if LORA in variables["params"]:
+            variables = {**variables, "params": merged(variables["params"], self.lora)}
+        return super().apply(variables, *args, **options)  # type: ignore[misc]
 
     def computed(self, **options: Any) -> Self:
         """The same network, computed with these options of `Compute`."""

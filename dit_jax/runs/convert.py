@@ -8,19 +8,22 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from dit_jax.config import ConfigError, run_config, to_json
+from dit_jax.config import Config, ConfigError, LoraConfig, run_config, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import check_folder, whole_folder, write_whole
 from dit_jax.interop import keymap
 from dit_jax.interop.diffusers import weights_hash
 from dit_jax.interop.formats import WRITERS, Kind, is_run, read_weights
 from dit_jax.interop.ldm import convert_autoencoder, open_autoencoder
+from dit_jax.interop.lora import write_lora
 from dit_jax.interop.weights import Latents, Reading, Weights, name_of, shapes_of
+from dit_jax.models.create import build_model
+from dit_jax.models.lora import LORA
 from dit_jax.runs.checkpoint import say
 from dit_jax.runs.weights import load_weights, save_weights
 from dit_jax.runs.workdir import read_metadata
@@ -30,13 +33,18 @@ CONVENTIONS = {"pt": "published", "diffusers": "diffusers"}
 
 
 def convert(
-    source: str, out: str, to: Kind | None, reading: Reading, scaling_factor: float | None = None
+    source: str,
+    out: str,
+    to: Kind | Literal["lora"] | None,
+    reading: Reading,
+    scaling_factor: float | None = None,
 ) -> str:
     """Read weights from one place and write them to another; what was done, in one line.
 
     to: the format of `out`, None for the one that its name, or else the source, tells: a .pt file; of a run our
-    folder for the Hub; of anything else a run. The autoencoder of latent diffusion becomes a diffusers folder, with
-    its own scaling factor where it has one. Raises ConfigError before anything is written.
+    folder for the Hub; of anything else a run. "lora" writes the low-rank adaptation of a run alone. The autoencoder
+    of latent diffusion becomes a diffusers folder, with its own scaling factor where it has one. Raises ConfigError
+    before anything is written.
     """
     target = pathlib.Path(os.path.expanduser(out))
     if os.path.lexists(target):
@@ -51,6 +59,9 @@ def convert(
         return f"{out} (diffusers): an autoencoder of {vae.latent_channels} channels, scaling {vae.scaling_factor:g}"
     if scaling_factor is not None:
         raise ConfigError(f"--scaling-factor is {scaling_factor}; expected only with an autoencoder's file")
+    if to == "lora":
+        with _written(out, target):
+            return f"{out} (lora): {_write_lora(source, target, reading)}"
     kind = to or ("pt" if target.suffix in (".pt", ".pth") else "folder" if is_run(source) else "run")
     weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN")
     theirs, ours = CONVENTIONS.get(kind), weights.config.model.convention
@@ -102,18 +113,36 @@ def read_run(folder: str, reading: Reading) -> Weights:
             )
     path = pathlib.Path(folder)
     config, metadata = run_config("IN", path), read_metadata("IN", path)
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), shapes_of(config)
-    )
-    params, step = load_weights(path / "checkpoints", like, config, reading.which or "ema", reading.step)
+    params, step = _stored(path, config, reading)
     latents = Latents(metadata.vae, metadata.image_size, metadata.scaling_factor, metadata.shift_factor)
     if reading.vae:
         latents = dataclasses.replace(latents, vae=reading.vae)
     dataset = json.loads(metadata.to_json())
-    return Weights(
-        config, jax.device_get(params), name_of(folder), latents, metadata.label_names, step, dataset
+    config = dataclasses.replace(config, lora=LoraConfig())  # its weights have moved the others
+    return Weights(config, params, name_of(folder), latents, metadata.label_names, step, dataset)
+
+
+def _write_lora(run: str, target: pathlib.Path, reading: Reading) -> str:
+    """Write the low-rank adaptation of a run; what it is, in a few words. ConfigError where the run has none."""
+    config = run_config("IN", run)
+    if config.lora.rank == 0:
+        raise ConfigError(
+            f"--to is lora, but {run} was trained with --lora.rank 0; expected a run with a rank"
+        )
+    params, step = _stored(pathlib.Path(run), config, reading, merge=False)
+    write_lora(target, params[LORA], build_model(config), config.lora)
+    return f"rank {config.lora.rank}, step {step}"
+
+
+def _stored(folder: pathlib.Path, config: Config, reading: Reading, merge: bool = True) -> tuple[Any, int]:
+    """(parameters on the host, step) of a run's checkpoint."""
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), shapes_of(config)
     )
+    which, directory = reading.which or "ema", folder / "checkpoints"
+    params, step = load_weights(directory, like, config, which, reading.step, merge=merge)
+    return jax.device_get(params), step
 
 
 def write_run(folder: pathlib.Path, weights: Weights) -> None:

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from dit_jax.conditions import condition_of, shared_rows
 from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.models.create import build_model, init_params
+from dit_jax.models.lora import LORA, merged
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
 from dit_jax.runs.workdir import read_metadata
@@ -38,18 +39,21 @@ def load_weights(
     kind: Kind = "ema",
     step: int | None = None,
     option: str = "--step",
+    merge: bool = True,
 ) -> tuple[Any, int]:
     """(parameters laid out like `like`, the step they are of): the newest checkpoint's, or that of `step`.
 
     `like` is a tree of `jax.ShapeDtypeStruct` with shardings; `config` the run's own; `option` names the step to
-    users. "ema" is the main average. Only what is asked for is read, and checked, by process 0. Raises
+    users. "ema" is the main average. Of a run with low-rank adaptation they are the network's own, moved by it, but
+    with `merge` off. Only what is asked for is read, and checked, by process 0. Raises
     CheckpointError where there is no such checkpoint, its files are damaged, or its network is not the one that
     `like` describes.
     """
     while True:
         chosen = _choose_step(directory, step, option)
         try:
-            return _read(directory, chosen, like, config, kind), chosen
+            found = _read(directory, chosen, like, config, kind)
+            return (jax.jit(merged, static_argnums=1)(found, config.lora) if merge else found), chosen
         except Exception as error:
             if chosen in checkpoint_steps(directory) or jax.process_count() > 1:
                 raise
@@ -172,6 +176,8 @@ def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ())
             return _copy_rows(mine, given, rows) if given is not None else mine
         if given is not None and given.shape == mine.shape:
             return given
+        if name.startswith(f"{LORA}/"):
+            return mine
         shape = "none" if given is None else given.shape
         raise ConfigError(
             f"{option} {source} has {shape} for parameter {name}; this model needs {mine.shape}"

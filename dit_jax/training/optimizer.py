@@ -8,6 +8,7 @@ import jax
 import optax
 
 from dit_jax.config import Config
+from dit_jax.models.lora import labels
 
 
 def learning_rate(config: Config) -> optax.Schedule:
@@ -32,13 +33,16 @@ def is_matrix(params: Any) -> Any:
     """True for kernels and embedding tables. The stacked layer axis makes biases 2-D too, so names decide."""
 
     def decayed(path: tuple[Any, ...], _: Any) -> bool:
-        return path[-1].key in ("kernel", "embedding")
+        return path[-1].key in ("kernel", "embedding", "down", "up")
 
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Clipping by the global norm (if any), then AdamW with decay on matrices only."""
+    """Clipping by the global norm (if any), then AdamW with decay on matrices only; of `lora/` alone where it is."""
     o = config.optim
     adamw = optax.adamw(learning_rate(config), o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=is_matrix)
-    return optax.chain(optax.clip_by_global_norm(o.grad_clip), adamw) if o.grad_clip > 0 else adamw
+    optimizer = optax.chain(optax.clip_by_global_norm(o.grad_clip), adamw) if o.grad_clip > 0 else adamw
+    if config.lora.rank == 0:
+        return optimizer
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)

@@ -30,6 +30,7 @@ BATCH_AXES = ("data", "fsdp")
 # The end of a parameter's path -> a name per axis (None: never split). Vectors stay whole: they are small.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("(bias|scale)", ()),
+    ("(down|up)", ()),  # of low-rank adaptation
     ("patch_embed/kernel", (None, "embed")),
     ("t_embed/fc1/kernel", (None, "embed")),
     ("t_embed/fc2/kernel", ("embed", None)),

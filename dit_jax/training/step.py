@@ -23,6 +23,7 @@ from dit_jax.config import Config
 from dit_jax.data.latents import draw_latents
 from dit_jax.diffusion.process import Process
 from dit_jax.models.create import Model
+from dit_jax.models.lora import frozen_but_lora, only_lora
 from dit_jax.runs.state import TrainState, zero_totals
 from dit_jax.training import ema
 from dit_jax.training.optimizer import learning_rate
@@ -54,7 +55,7 @@ def make_loss(model: Model, process: Process) -> Callable[..., tuple[jax.Array, 
 
     def loss_fn(params: Any, inputs: Inputs) -> tuple[jax.Array, Metrics]:
         def network(x: jax.Array, t: jax.Array, condition: Any) -> Any:
-            return model.apply({"params": params}, x, t, condition)
+            return model.apply({"params": frozen_but_lora(params)}, x, t, condition)
 
         t = inputs["t"]
         terms = process.losses(network, inputs["x0"], t, inputs["noise"], inputs["condition"])
@@ -237,9 +238,11 @@ def make_train_step(
 
         def update(params: Any, opt_state: Any, averages: Any) -> tuple[Any, Any, Any]:
             updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            params = only_lora(optax.apply_updates(params, updates), params)
             rates = ema.rates(config.optim, updates_done)
-            averages = tuple(ema.update(a, params, rate) for a, rate in zip(averages, rates, strict=True))
+            averages = tuple(
+                only_lora(ema.update(a, params, rate), a) for a, rate in zip(averages, rates, strict=True)
+            )
             return params, opt_state, averages
 
         new = update_if(finite, update, (state.params, state.opt_state, state.ema))

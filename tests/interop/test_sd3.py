@@ -1,5 +1,6 @@
 """Our MMDiT beside diffusers' SD3Transformer2DModel, and the names of both published formats."""
 
+import copy
 import functools
 
 import jax
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 
 from dit_jax import MMDiT
+from dit_jax.config import LoraConfig
 from dit_jax.interop import keymap, sd3
+from dit_jax.interop.lora import write_lora
+from dit_jax.models.lora import with_lora
 
 torch = pytest.importorskip("torch")
 
@@ -64,9 +68,13 @@ def inputs():
 
 @functools.cache
 def expected(form):
+    return outputs_of(peer(form))
+
+
+def outputs_of(network):
     x, t, condition = inputs()
     with torch.no_grad():
-        found = peer(form)(
+        found = network(
             hidden_states=torch.tensor(x.transpose(0, 3, 1, 2)), timestep=torch.tensor(t),
             encoder_hidden_states=torch.tensor(condition["context"]),
             pooled_projections=torch.tensor(condition["pooled"]), return_dict=False,
@@ -131,3 +139,24 @@ def test_what_does_not_fit_is_listed():
     text = str(caught.value)
     assert "missing: transformer_blocks.1.attn.norm_q.weight (8,)" in text and "unexpected: extra" in text
     assert "pos_embed.pos_embed is not the 2D sine-cosine table of 12 x 12 positions" in text
+
+
+def test_diffusers_loads_our_low_rank_adaptation(tmp_path):
+    pytest.importorskip("peft", reason="needs peft, by which diffusers loads adaptations")
+    import safetensors.torch
+
+    config = LoraConfig(rank=3, alpha=6.0)
+    model = ours("mmdit-x", lora=config)
+    base = sd3.params_from_state_dict(state_dict_of("mmdit-x"), model.clone(lora=LoraConfig()))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(np.asarray, with_lora(base, config, jax.random.key(0)))
+    params["lora"] = jax.tree.map(
+        lambda a: (0.2 * rng.standard_normal(a.shape)).astype(np.float32), params["lora"]
+    )
+    write_lora(tmp_path / "ours.safetensors", params["lora"], model, config)
+    theirs = copy.deepcopy(peer("mmdit-x"))
+    theirs.load_lora_adapter(safetensors.torch.load_file(tmp_path / "ours.safetensors"), prefix="transformer")
+    found = jax.jit(model.apply)({"params": params}, *inputs())
+    scale = np.abs(expected("mmdit-x")).max()
+    np.testing.assert_allclose(found, outputs_of(theirs), atol=1e-4 * scale)
+    assert np.abs(found - expected("mmdit-x")).max() > 0.05 * scale

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +46,96 @@ def enlargement(side: int) -> int:
     return max(1, 64 // max(side, 1))
 
 
-def save_grid(path: str | os.PathLike[str], images: np.ndarray, columns: int | None = None) -> None:
+def save_grid(
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+) -> None:
     """Write a grid of images (N, H, W, 1 or 3) uint8 as PNG; the file appears when it is whole.
 
-    Small pictures are enlarged.
+    Small pictures are enlarged. captions: N texts, each of which stands under its picture, in a few lines.
     """
     from PIL import Image
 
-    factor = enlargement(images.shape[1])
+    width = images.shape[2]
+    factor = enlargement(images.shape[1]) if captions is None else max(1, round(READABLE / max(width, 1)))
     large = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    canvas = grid(large, columns)
+    if captions is None:
+        canvas = grid(large, columns)
+    else:
+        if len(captions) != len(images):
+            raise ValueError(f"{len(images)} images have {len(captions)} captions; expected one for each")
+        canvas = captioned_grid(large, captions, columns)
     with whole_file(path) as temporary:
         Image.fromarray(canvas[..., 0] if canvas.shape[-1] == 1 else canvas).save(temporary, format="PNG")
+
+
+# ------------------------------------------------------------------------------------------ captions
+
+READABLE = 144  # pixels along a picture with a caption: three words a line
+LINES = 4  # of a caption at most
+_INK = (40, 40, 40)
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int | None = None) -> np.ndarray:
+    """Images (N, H, W, 1 or 3) uint8 in rows, each with its caption under it, dark on white: (h, w, 3)."""
+    from PIL import Image, ImageDraw
+
+    n, h, w, _ = images.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    font = _font(min(max(11, w // 12), 15))
+    pad = max(6, w // 18)
+    line = sum(font.getmetrics())
+    wrapped = [wrap(caption, w, font.getlength) for caption in captions]
+    rows = [wrapped[first : first + columns] for first in range(0, n, columns)]
+    heights = [h + pad // 2 + line * max(map(len, row)) + pad for row in rows]
+    canvas = Image.new("RGB", (columns * (w + pad) + pad, sum(heights) + pad), "white")
+    draw, top = ImageDraw.Draw(canvas), pad
+    for number, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        for i, lines in enumerate(row):
+            left = pad + i * (w + pad)
+            image = images[number * columns + i]
+            canvas.paste(Image.fromarray(np.broadcast_to(image, (h, w, 3)).copy()), (left, top))
+            for j, words in enumerate(lines):
+                at = (left + w / 2, top + h + pad // 2 + j * line)
+                draw.text(at, words, fill=_INK, font=font, anchor="ma")
+        top += height
+    return np.asarray(canvas)
+
+
+def wrap(text: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """A text in at most LINES lines of `width`, as `length` measures them; what is left out shows as an ellipsis.
+
+    A word that is longer than a line is cut.
+    """
+    most = 64 * LINES  # letters: beyond, there is nothing to measure
+    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * most])
+    lines, rest, cut = [""], printable.split(), len(text) > 4 * most
+    while rest and len(lines) <= LINES:
+        word = rest.pop(0)
+        longer = f"{lines[-1]} {word}".strip()
+        if length(longer) <= width:
+            lines[-1] = longer
+        elif lines[-1]:
+            lines.append("")
+            rest.insert(0, word)
+        else:
+            fits = next((n for n in range(len(word) - 1, 0, -1) if length(word[:n]) <= width), 1)
+            lines[-1] = word[:fits]
+            lines.append("")
+            rest.insert(0, word[fits:])
+    if len(lines) > LINES or cut:
+        lines = lines[:LINES]
+        while lines[-1] and length(lines[-1] + "…") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "…"
+    return lines
+
+
+def _font(size: int) -> Any:
+    """DejaVu Sans as it comes with matplotlib: it has more of the world's letters than Pillow's own."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(os.path.join(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)

@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
-from dit_jax.pictures import grid, save_grid, to_uint8, to_uint8_on_device
+from dit_jax.pictures import grid, save_grid, to_uint8, to_uint8_on_device, wrap
 
 
 def test_pixels_are_clipped_and_truncated_as_published():
@@ -48,3 +49,40 @@ def test_a_device_makes_the_same_bytes_as_the_host():
     with np.errstate(over="ignore"):
         expected = to_uint8(values)
     np.testing.assert_array_equal(jax.jit(to_uint8_on_device)(values), expected)
+
+
+def test_captions_stand_under_their_pictures(tmp_path):
+    """Pictures are where they were meant to be, and below each is ink where it has a caption."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 72, 72, 3), dtype=np.uint8)
+    save_grid(
+        tmp_path / "grid.png",
+        images,
+        columns=3,
+        captions=["a seven", "", "x " * 5000, "Ü日本\n\t\x00", "w" * 99],
+    )
+    found = np.asarray(Image.open(tmp_path / "grid.png"))
+    large = images.repeat(2, axis=1).repeat(2, axis=2)
+    pad = 8
+    for i, image in enumerate(large):
+        left = pad + i % 3 * (144 + pad)
+        top = np.flatnonzero((found[:, left : left + 144] == image[0]).all(axis=(1, 2)))
+        np.testing.assert_array_equal(found[top[0] : top[0] + 144, left : left + 144], image)
+        below = found[top[0] + 144 : top[0] + 160, left : left + 144]  # its first line
+        assert (below.min() < 128) == (i != 1), i
+    with pytest.raises(ValueError, match="5 images have 2 captions"):
+        save_grid(tmp_path / "grid.png", images, captions=["a", "b"])
+    save_grid(tmp_path / "gray.png", images[..., :1], captions=[""] * 5)
+
+
+def test_texts_are_wrapped_to_a_few_lines():
+    def wrapped(text, width=10):
+        lines = wrap(text, width, len)
+        assert all(len(line) <= width for line in lines)
+        return lines
+
+    assert wrapped("") == [""]
+    assert wrapped("a three  left\nof a seven") == ["a three", "left of a", "seven"]
+    assert wrapped("abcdefghijklmno pq") == ["abcdefghij", "klmno pq"]
+    assert wrapped("one two six ten " * 9) == ["one two", "six ten", "one two", "six ten…"]
+    assert wrapped("x" * 10_000)[-1] == "x" * 9 + "…"
+    assert wrapped("a b", 1) == ["a", "b"]

@@ -53,7 +53,9 @@ def load_weights(
         chosen = _choose_step(directory, step, option)
         try:
             found = _read(directory, chosen, like, config, kind)
-            return (jax.jit(merged, static_argnums=1)(found, config.lora) if merge else found), chosen
+            if merge and config.lora.rank:
+                found = jax.jit(merged, static_argnums=1)(found, config.lora)
+            return found, chosen
         except Exception as error:
             if chosen in checkpoint_steps(directory) or jax.process_count() > 1:
                 raise

@@ -24,6 +24,14 @@ class EvaluateArgs(CompareArgs):
     """Where the autoencoder of a reference made by prepare.py lies, if it has moved: a diffusers folder or hub id."""
     out: str | None = None
     """With --reference: .json file for the result, which also goes to evaluations.jsonl in the run's folder."""
+    clip: str | None = None
+    """Instead of a reference, the CLIP score of samples with captions: a CLIP of transformers, a folder or hub id
+    such as openai/clip-vit-large-patch14."""
+    prompts: str | None = None
+    """With --layout: the benchmark's own prompts, from which sample.py --prompts drew: GenEval's
+    evaluation_metadata.jsonl, or DPG-Bench's folder of .txt."""
+    layout: str | None = None
+    """New folder for the samples' pictures as that benchmark's scorer reads them."""
     likelihood: bool = False
     """Instead of samples, measure the run in --workdir: bits per dimension of latents that it has not seen."""
     workdir: str = "runs/digits"
@@ -83,6 +91,13 @@ def _measured(o: EvaluateArgs) -> str:
         from dit_jax.evaluation import likelihood
 
         return likelihood.report(o.workdir, o.data, o.count, o.steps, o.batch_size)
+    if (o.layout is None) != (o.prompts is None):
+        raise ConfigError("--prompts and --layout go together; expected both or neither")
+    if o.clip is not None or o.layout is not None:
+        from dit_jax.evaluation import captions
+
+        lines = [captions.write_layout(o.npz, o.prompts, o.layout)] if o.layout and o.prompts else []
+        return "\n".join([*lines, *([captions.report(o.npz, o.clip)] if o.clip else [])])
     if o.reference is not None:
         from dit_jax.compiler import keep_compiled_programs
         from dit_jax.evaluation.report import evaluate_file

@@ -101,6 +101,17 @@ def load_provenance(path: str | os.PathLike[str]) -> Provenance:
         ) from None
 
 
+def load_prompts(path: str | os.PathLike[str]) -> list[str]:
+    """The captions that such a file's samples show, in their order. Raises ConfigError where it has none."""
+    try:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return [str(caption) for caption in file["prompts"]]
+    except Exception as error:  # readers of damaged files raise nearly anything
+        raise ConfigError(
+            f"--npz names {path}, whose captions cannot be read ({error}); expected a file of sample.py --prompts"
+        ) from None
+
+
 def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
     images, labels = load_pictures(path, labelled=True)

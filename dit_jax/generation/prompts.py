@@ -6,7 +6,6 @@ Letters: P captions, N samples, M tokens.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from dit_jax.models.create import Model
 from dit_jax.runs.checkpoint import say
 from dit_jax.samplers.noise import choices, sample_keys
 from dit_jax.text.encoders import Embedded, open_encoder
+from dit_jax.text.prompt_sets import read_prompts
 
 if TYPE_CHECKING:
     from dit_jax.generation.command import Run
@@ -169,27 +169,14 @@ def _in_bytes(args: DrawArgs, kind: TextCondition, captions: list[str]) -> Asked
 
 
 def captions_of(args: DrawArgs) -> list[str]:
-    """The captions of --prompt, or of the lines of --prompts that are not blank; ConfigError where these are none."""
+    """The captions of --prompt, or of --prompts; ConfigError where these are none."""
     for caption in args.prompt:
         _check_text("--prompt", caption)
     if args.prompts is None:
         return list(args.prompt)
     if args.prompt:
         raise ConfigError("--prompt and --prompts are both given; expected one of them")
-    file = pathlib.Path(args.prompts).expanduser()
-    try:
-        if not file.is_file():  # a pipe would be waited for
-            raise OSError("it is no file")
-        lines = file.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--prompts is {shown(args.prompts)}, which cannot be read ({error}); expected a file of UTF-8 text, a "
-            "prompt a line"
-        ) from None
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise ConfigError(f"--prompts is {args.prompts}, which holds no prompt; expected one a line")
-    return captions
+    return list(read_prompts("--prompts", args.prompts).captions)
 
 
 def _check_text(option: str, text: str) -> None:

@@ -83,11 +83,7 @@ def open_encoder(name: str, length: int, place: str | None = None, channels: int
     least = CLIP_LENGTH if name == SD3 else 1
     if length < least:
         raise ConfigError(f"the length of captions for {name} is {length}; expected at least {least} tokens")
-    for module in ("torch", "transformers"):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"the text encoder {name} needs {module}, which is missing: pip install 'dit_jax[text]'"
-            )
+    require_transformers(f"the text encoder {name}")
     from dit_jax.text.language_model import LanguageModel
     from dit_jax.text.sd3 import open_sd3
 
@@ -100,6 +96,13 @@ def open_encoder(name: str, length: int, place: str | None = None, channels: int
             "--text.channels says"
         )
     return encoder
+
+
+def require_transformers(what: str) -> None:
+    """Raises ConfigError where a package that `what` needs is missing."""
+    for module in ("torch", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{what} needs {module}, which is missing: pip install 'dit_jax[text]'")
 
 
 def in_batches(captions: Sequence[str]) -> Iterator[list[str]]:

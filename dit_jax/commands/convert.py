@@ -19,8 +19,9 @@ class ConvertArgs:
     """Turn weights of one format into another; the autoencoder of latent diffusion into diffusers' format."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="IN")]
-    """A run, a published DiT or SiT (.pt), a diffusers DiTPipeline (folder or hub id), a folder of ours, or the
-    autoencoder of latent diffusion (.ckpt, .pt or .safetensors)."""
+    """A run, a published DiT or SiT (.pt) or Stable Diffusion 3 (.safetensors), a diffusers DiTPipeline or
+    StableDiffusion3Pipeline (folder or hub id), a folder of ours, or the autoencoder of latent diffusion (.ckpt, .pt
+    or .safetensors)."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="OUT")]
     """A new file or folder."""
     to: Literal["run", "pt", "diffusers", "folder", "lora"] | None = None

@@ -9,6 +9,13 @@ from dit_jax.config.processes import Rule
 
 CLIP_LENGTH = 77  # tokens that CLIP's text encoders take
 SD3 = "sd3"
+SD3_PLACE = "stabilityai/stable-diffusion-3.5-medium"  # where its encoders lie, unless a user says otherwise
+SD3_TEXTS = (
+    ("text_encoder", "tokenizer"),
+    ("text_encoder_2", "tokenizer_2"),
+    ("text_encoder_3", "tokenizer_3"),
+)
+SD3_FOLDERS = tuple(folder for pair in SD3_TEXTS for folder in pair)
 BYTES = "bytes"
 
 # Channels of the last hidden states, where a name is enough to know them.

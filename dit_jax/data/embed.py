@@ -71,6 +71,15 @@ def open_embedder(encoder: str, place: str | None, length: int | None, dtype: Em
         raise DataError(f"--text-encoder: {error}") from None
     widths = opened.clip_widths if encoder == SD3 else (0, 0)
     return Embedder(
-        StoredText(encoder, opened.fingerprint, opened.length, opened.channels, opened.pooled, widths, dtype),
+        StoredText(
+            encoder,
+            opened.fingerprint,
+            opened.length,
+            opened.channels,
+            opened.pooled,
+            widths,
+            dtype,
+            place or "",
+        ),
         opened,
     )

@@ -46,6 +46,8 @@ class StoredText:
     """Of sd3: channels of CLIP-L and CLIP-G."""
     dtype: EmbeddingType = "float16"
     """Type of the stored embeddings."""
+    place: str = ""
+    """Where the encoder lay, a folder or a hub id; empty where its name says."""
 
     @property
     def condition(self) -> TextCondition:

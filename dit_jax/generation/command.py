@@ -56,8 +56,9 @@ class SampleArgs(DrawArgs):
     workdir: str = "runs/digits"
     """Folder of the run."""
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Instead of a run: a diffusers DiTPipeline (folder or hub id, such as facebook/DiT-XL-2-256), a published DiT or
-    SiT (.pt), or a folder that convert.py wrote for the Hub."""
+    """Instead of a run: a diffusers DiTPipeline or StableDiffusion3Pipeline (folder or hub id, such as
+    facebook/DiT-XL-2-256), a published DiT or SiT (.pt) or Stable Diffusion 3 (.safetensors), or a
+    folder that convert.py wrote for the Hub."""
     process: Literal["dit", "sit"] | None = None
     """With --from FILE.pt: what its weights were trained as (default: what the file says, else dit)."""
     num_samples: int = 64
@@ -160,6 +161,8 @@ def main(args: SampleArgs) -> int:
     _check_room(args, out, run, options, count)
     asked = asked.embedded(model.condition)
     rows = asked.rows(args, count)
+    if args.interpolate is not None:
+        rows = np.full_like(rows, rows[0])
     condition, captions = asked.conditions(rows), asked.captions_of(rows)
 
     mesh = device_mesh(1 if edits else None)
@@ -197,7 +200,7 @@ def main(args: SampleArgs) -> int:
         came_from = provenance(args, run, options, steps["step"], asked)
         save_samples(args.npz, images, condition.get("label"), came_from, captions)
         print(f"{len(images)} pictures of step {steps['step']}: {args.npz}")
-    _write_grid(args, out, images, steps["step"])
+    _write_grid(args, out, images, steps["step"], captions)
     return 0
 
 
@@ -271,17 +274,19 @@ def _stream(
         write_samples(args.npz, blocks, source.condition.get("label"), came_from, captions)
         print(f"{count} pictures of step {step}: {args.npz}")
         if out:
-            _write_grid(
-                args, out, np.concatenate([part["images"] for part in parts.read(args.grid_count)]), step
-            )
+            images = np.concatenate([part["images"] for part in parts.read(args.grid_count)])
+            _write_grid(args, out, images, step, captions)
         parts.remove()
 
 
-def _write_grid(args: SampleArgs, out: str | None, images: np.ndarray, step: int) -> None:
+def _write_grid(
+    args: SampleArgs, out: str | None, images: np.ndarray, step: int, captions: list[str] | None
+) -> None:
     if out:
-        # Between two samples the pictures are a row.
-        save_grid(out, images[: args.grid_count], columns=args.grid_count if args.interpolate else None)
-        print(f"grid of {min(len(images), args.grid_count)} pictures of step {step}: {out}")
+        images = images[: args.grid_count]
+        columns = args.grid_count if args.interpolate else None  # between two samples the pictures are a row
+        save_grid(out, images, columns, captions and captions[: len(images)])
+        print(f"grid of {len(images)} pictures of step {step}: {out}")
 
 
 def load_guide(workdir: str, run: Run) -> Run:

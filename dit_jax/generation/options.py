@@ -39,9 +39,9 @@ class DrawArgs:
     """Noise of DDIM: 0 deterministic, 1 like DDPM."""
     grid: str | None = None
     """Where the sampler stops: uniform, respaced (whole timesteps, for ddpm and ddim), lambda, karras, quadratic,
-    shifted, or the times themselves from noise to data, such as 999,700,300,-1 (default: the sampler's own)."""
+    shifted, sd3, or the times themselves from noise to data, such as 999,700,300,-1 (default: the sampler's own)."""
     grid_shift: float = 3.0
-    """Of --grid shifted: above 1 more steps are near the noise."""
+    """Of --grid shifted and sd3: above 1 more steps are near the noise."""
     cfg_channels: int | Literal["all"] = "all"
     """Latent channels that are guided: all, or the first few (the published DiT sampler: 3)."""
     cfg_interval: tuple[int, int] | tuple[float, float] | None = None

@@ -16,11 +16,12 @@ import numpy as np
 from dit_jax.conditions import Condition, TextCondition
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
-from dit_jax.config.text import BYTES, SD3
+from dit_jax.config.text import BYTES, SD3, SD3_PLACE
 from dit_jax.generation.options import DrawArgs
 from dit_jax.generation.sampling import SamplingOptions, check_sampling, samples_of
 from dit_jax.models.create import Model
 from dit_jax.runs.checkpoint import say
+from dit_jax.runs.convert import WEIGHTS
 from dit_jax.samplers.noise import choices, sample_keys
 from dit_jax.text.encoders import Embedded, open_encoder
 from dit_jax.text.prompt_sets import read_prompts
@@ -41,6 +42,7 @@ class Asked:
       negative: the caption whose condition takes the null's place under guidance, None for the network's own null.
       null: that condition, of one sample.
       place: where the encoder lies, None where there is none to ask.
+      weights: the fingerprint that it must have, empty where any will do.
       fingerprint: of the encoder's weights, empty where it was not asked.
     """
 
@@ -49,6 +51,7 @@ class Asked:
     negative: str | None = None
     null: Condition | None = None
     place: str | None = None
+    weights: str = ""
     fingerprint: str = ""
 
     def embedded(self, kind: Any) -> Asked:
@@ -61,6 +64,11 @@ class Asked:
             raise ConfigError(
                 f"the text encoder {self.place} has CLIPs of widths {encoder.clip_widths}; the network was trained "
                 f"with {kind.clip_widths}"
+            )
+        if self.weights not in ("", encoder.fingerprint):
+            raise ConfigError(
+                f"the text encoder {self.place} has weights {encoder.fingerprint[:12]}; the dataset's captions were "
+                f"embedded with {self.weights[:12]}"
             )
         captions = list(self.captions)
         found = encoder.encode([*captions, *([] if self.negative is None else [self.negative])])
@@ -135,9 +143,10 @@ def asked_of(args: DrawArgs, run: Run, model: Model) -> Asked:
         captions = [""]
     if kind.encoder == BYTES:
         return _in_bytes(args, kind, captions)
-    if run.weights is not None and kind.encoder == SD3 and negative is None:
+    if kind.encoder == SD3 and run.metadata.source.startswith(WEIGHTS) and negative is None:
         negative = ""  # as StableDiffusion3Pipeline does
-    return Asked(kind.in_turn(1), tuple(captions), negative, None, place_of(args, run))
+    weights = run.metadata.text.weights if run.metadata.text else ""
+    return Asked(kind.in_turn(1), tuple(captions), negative, None, place_of(args, run), weights)
 
 
 def check_asked(model: Model, run: Run, options: SamplingOptions, asked: Asked, guide: Run | None) -> None:
@@ -188,9 +197,8 @@ def _check_text(option: str, text: str) -> None:
 
 def place_of(args: DrawArgs, run: Run) -> str:
     """Where the encoder of a run's captions lies."""
-    if args.text_encoder is not None:
-        return args.text_encoder
-    return run.config.text.encoder
+    text, name = run.metadata.text, run.config.text.encoder
+    return args.text_encoder or (text and text.place) or (SD3_PLACE if name == SD3 else name)
 
 
 def padded(found: Sequence[Embedded], kind: TextCondition) -> Condition:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax.config import Config, ConfigError, from_json, resolve, to_json
+from dit_jax.config import Config, ConfigError, TextConfig, from_json, resolve, to_json
 from dit_jax.files import write_whole
 from dit_jax.interop import diffusers, keymap
 from dit_jax.interop.pipeline import read_json
@@ -45,6 +45,7 @@ def read_bundle(place: str, folder: pathlib.Path, reading: Reading) -> Weights:
         latents = Latents(**found["latents"])
         rest: dict[str, Any] = {
             "source": str(found["source"]), "step": int(found["step"]), "dataset": found["dataset"],
+            "texts": str(found.get("texts", "")),  # which earlier folders do not say
             "label_names": tuple(map(str, found["label_names"])),
         }  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
@@ -71,7 +72,7 @@ def write_bundle(folder: pathlib.Path, weights: Weights) -> None:
     said = {
         "format": FORMAT, "version": VERSION, "config": json.loads(to_json(weights.config)), "step": weights.step,
         "source": weights.source, "label_names": weights.label_names, "latents": dataclasses.asdict(latents),
-        "dataset": weights.dataset,
+        "dataset": weights.dataset, "texts": weights.texts,
     }  # fmt: skip
     flat = {path: np.asarray(leaf, np.float32) for path, leaf in keymap.flatten(weights.params).items()}
     write_whole(folder / CONFIG, json.dumps(said, indent=2) + "\n")
@@ -87,18 +88,23 @@ def _tensors(file: pathlib.Path, config: Config) -> dict[str, Any]:
         raise ConfigError(str(error)) from None
 
 
+def _plain(config: Config) -> Config:
+    """The defaults of networks and processes of these kinds."""
+    return resolve(Config(model=type(config.model)(), text=config.text, diffusion=type(config.diffusion)()))
+
+
 def _readme(weights: Weights) -> str:
     """A page for people: what this is, how to draw from it, and the options that are not the defaults."""
     m, d = weights.config.model, weights.config.diffusion
     given, plain = (
         dataclasses.asdict(weights.config),
-        dataclasses.asdict(resolve(Config(diffusion=type(d)()))),
+        dataclasses.asdict(_plain(weights.config)) | {"text": dataclasses.asdict(TextConfig().filled())},
     )
     options = [
         " ".join(
             [f"--{group}.{name}".replace("_", "-"), *map(str, value if type(value) is tuple else [value])]
         )
-        for group in ("model", "diffusion", "optim")
+        for group in ("model", "text", "diffusion", "optim")
         for name, value in given[group].items()
         if value != plain[group][name]
     ]

@@ -7,18 +7,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from dit_jax.config import ConfigError
-from dit_jax.interop import bundle, diffusers, official, pipeline
-from dit_jax.interop.tensor_files import SUFFIXES
+from dit_jax.config import ConfigError, MMDiTConfig
+from dit_jax.interop import bundle, diffusers, official, pipeline, sd3_pipeline
+from dit_jax.interop.tensor_files import SUFFIXES, read_safetensors, weight_files
 from dit_jax.interop.weights import Reading, Weights
 
 Kind = Literal["run", "pt", "diffusers", "folder"]
-
-WRITERS: dict[str, Callable[[pathlib.Path, Weights], None]] = {
-    "pt": official.write_published,
-    "diffusers": pipeline.write_pipeline,
-    "folder": bundle.write_bundle,
-}
+Writer = Callable[[pathlib.Path, Weights], str | None]
+"""Writes weights to a new file or into a folder; says what is left out, if anything."""
 
 
 def is_run(place: str) -> bool:
@@ -37,7 +33,7 @@ def read_weights(place: str, reading: Reading, option: str) -> Weights:
             raise ConfigError(
                 f"{option} is {place}; expected a file that ends with {', '.join(SUFFIXES)}, or a folder"
             )
-        return official.read_published(path, reading)
+        return _read_file(path, reading)
     named = [f"--{name}" for name in ("config", "process") if getattr(reading, name) is not None]
     if reading.which == "params":
         named.append("--weights params")
@@ -47,13 +43,31 @@ def read_weights(place: str, reading: Reading, option: str) -> Weights:
         )
     folder = path if path.is_dir() else _from_hub(place, option)
     if (folder / pipeline.INDEX).is_file():
-        return pipeline.read_pipeline(place, folder, reading)
+        of_sd3 = sd3_pipeline.is_sd3(pipeline.read_json(folder / pipeline.INDEX))
+        return (sd3_pipeline.read_sd3_pipeline if of_sd3 else pipeline.read_pipeline)(place, folder, reading)
     if bundle.is_bundle(folder):
         return bundle.read_bundle(place, folder, reading)
     raise ConfigError(
         f"{option} is {place}, which has neither {pipeline.INDEX} (diffusers) nor {bundle.CONFIG} with "
         f"{bundle.TENSORS}; expected one of them, or a run"
     )
+
+
+def _read_file(path: pathlib.Path, reading: Reading) -> Weights:
+    """The weights of a published file: of Stable Diffusion 3, or of a DiT or SiT."""
+    if path.suffix == ".safetensors" and sd3_pipeline.holds_sd3(tensors := read_safetensors(path)):
+        if reading.config is not None or reading.process is not None:
+            raise ConfigError(f"--config or --process is given with {path}, which has neither; expected none")
+        return sd3_pipeline.read_single_file(path, tensors, reading)
+    return official.read_published(path, reading)
+
+
+def _write_pipeline(folder: pathlib.Path, weights: Weights) -> str:
+    """A pipeline of diffusers, of the class that has this network."""
+    if isinstance(weights.config.model, MMDiTConfig):
+        return sd3_pipeline.write_sd3_pipeline(folder, weights)
+    pipeline.write_pipeline(folder, weights)
+    return ""
 
 
 def _from_hub(place: str, option: str) -> pathlib.Path:
@@ -64,17 +78,24 @@ def _from_hub(place: str, option: str) -> pathlib.Path:
             "facebook/DiT-XL-2-256"
         )
     small, weights = (
-        [*pipeline.FILES, bundle.CONFIG],
+        [*pipeline.FILES, *sd3_pipeline.FILES, bundle.CONFIG],
         [bundle.TENSORS, f"transformer/{diffusers.WEIGHTS_FILE}"],
     )
     try:
         folder = diffusers.from_hub(f"{option} {place}", place, small + weights)
-        if (folder / pipeline.INDEX).is_file() and diffusers.weights_file(
-            folder / pipeline.TRANSFORMER
-        ) is None:
+        there = folder / pipeline.TRANSFORMER
+        found = diffusers.weights_file(there) or weight_files(there, diffusers.WEIGHTS_FILE)
+        if (folder / pipeline.INDEX).is_file() and not found:
             folder = diffusers.from_hub(
                 f"{option} {place}", place, [*small, f"transformer/{diffusers.PICKLED_FILE}"]
             )
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from None
     return folder
+
+
+WRITERS: dict[str, Writer] = {
+    "pt": official.write_published,
+    "diffusers": _write_pipeline,
+    "folder": bundle.write_bundle,
+}

@@ -226,12 +226,19 @@ def to_flax(
         found = state_dict[name]
         if found.shape != constant.value.shape:
             problems.misshapen[name] = (found.shape, constant.value.shape)
-        elif not np.allclose(found, constant.value, atol=1e-5):
+        elif not np.allclose(found.astype(np.float32), constant.value, atol=_rounding(found.dtype)):
             problems.other.append(f"{name} is not {constant.what}")
     problems.unexpected = sorted(left)
     if problems.missing or problems.unexpected or problems.misshapen or problems.other:
         raise problems
     return unflatten(flat)
+
+
+def _rounding(dtype: Any) -> float:
+    """How far a constant of about 1 may be off that was stored in this type."""
+    import ml_dtypes
+
+    return max(1e-5, float(ml_dtypes.finfo(dtype).eps)) if dtype.itemsize < 4 else 1e-5
 
 
 def to_torch(

@@ -99,7 +99,7 @@ def read_pipeline(place: str, folder: pathlib.Path, reading: Reading) -> Weights
         place if hub else folder.name,
         latents_of(reading.vae, m.input_size[0])
         if reading.vae
-        else _latents(folder, place if hub else str(folder.absolute()), m.input_size[0]),
+        else latents_in(folder, place if hub else str(folder.absolute()), m.input_size[0]),
         () if label_names == tuple(map(str, range(len(label_names)))) else label_names,
     )
 
@@ -165,7 +165,8 @@ def _process(found: dict[str, Any], where: str) -> GaussianConfig:
     return GaussianConfig(schedule=schedule, num_timesteps=steps, prediction=kinds[prediction])  # type: ignore[arg-type]
 
 
-def _latents(folder: pathlib.Path, place: str, side: int) -> Latents:
+def latents_in(folder: pathlib.Path, place: str, side: int) -> Latents:
+    """The latents of this side by the autoencoder of a pipeline in a folder, which users call `place`."""
     try:
         config = diffusers.read_config(folder / "vae" / diffusers.CONFIG_FILE)
     except (OSError, ValueError) as error:
@@ -191,7 +192,11 @@ def write_pipeline(folder: pathlib.Path, weights: Weights) -> None:
         raise ConfigError(
             f"the pipeline needs the autoencoder, but {error}; expected --vae, where it lies"
         ) from None
-    _check_autoencoder(vae, weights)
+    check_autoencoder(vae, weights)
+    if weights.latents.shift_factor:
+        raise ConfigError(
+            f"the latents are shifted by {weights.latents.shift_factor}, which DiTPipeline does not undo"
+        )
     params = _padded(weights.params, m.num_classes)
     names = weights.label_names or tuple(map(str, range(weights.config.model.num_classes)))
     sizes = {
@@ -229,6 +234,7 @@ def _writable(config: Config) -> Config:
     m = config.model
     wrong = {
         "diffusion.kind": (config.diffusion.kind, "gaussian"),
+        "text.encoder": (config.text.encoder, ""),
         "model.conditioning": (m.conditioning, "adaln_zero"),
         "model.mlp_ratio": (m.mlp_ratio, 4.0),
         "model.input_size": (m.input_size, (m.input_size[0],) * 2),
@@ -244,17 +250,14 @@ def _writable(config: Config) -> Config:
     return config
 
 
-def _check_autoencoder(vae: AutoencoderKLConfig, weights: Weights) -> None:
+def check_autoencoder(vae: AutoencoderKLConfig, weights: Weights) -> None:
+    """Raises ConfigError where an autoencoder is not that of the weights' latents."""
     m, latents = weights.config.model, weights.latents
     found = (vae.latent_channels, float(vae.scaling_factor), float(vae.shift_factor or 0.0))
     if found != (m.in_channels, latents.scaling_factor, latents.shift_factor):
         raise ConfigError(
             f"the autoencoder {latents.vae} has (channels, scaling, shift) {found}; the weights are of latents of "
             f"{(m.in_channels, latents.scaling_factor, latents.shift_factor)}"
-        )
-    if latents.shift_factor:
-        raise ConfigError(
-            f"the latents are shifted by {latents.shift_factor}, which DiTPipeline does not undo"
         )
 
 

@@ -91,7 +91,8 @@ def _single_file_group(name: str, first: int) -> Iterator[Rule]:
     yield Rule(f"{name}/attn2/queries_keys/([qk])/scale", r"joint_blocks.*.x_block.attn2.ln_\1.weight", **how)
 
 
-def _names(model: MMDiT, single_file: bool) -> tuple[tuple[Rule, ...], dict[str, Constant]]:
+def names_of(model: MMDiT, single_file: bool) -> tuple[tuple[Rule, ...], dict[str, Constant]]:
+    """The rules of a model's parameters, and the positions that both formats store."""
     side, base = model.positions_side, model.positions_base
     table = cropped_positions(side, side, model.hidden_size, side, base)[None]
     what = f"the 2D sine-cosine table of {side} x {side} positions, {base}/{side} apart"
@@ -127,7 +128,7 @@ def params_from_state_dict(state_dict: Mapping[str, Any], model: MMDiT) -> dict[
             if name.startswith(SINGLE_FILE_PREFIX)
         }
     single_file = any(name.startswith("joint_blocks.") for name in arrays)
-    rules, constants = _names(model, single_file)
+    rules, constants = names_of(model, single_file)
     text = [arrays.get(f"{name}.weight") for name in (
         ("context_embedder", "y_embedder.mlp.0") if single_file
         else ("context_embedder", "time_text_embed.text_embedder.linear_1")
@@ -140,4 +141,4 @@ def state_dict_from_params(
     params: Mapping[str, Any], model: MMDiT, single_file: bool = False
 ) -> dict[str, np.ndarray]:
     """The state dict of our parameters, positions included: the inverse of `params_from_state_dict`."""
-    return keymap.to_torch(params, *_names(model, single_file))
+    return keymap.to_torch(params, *names_of(model, single_file))

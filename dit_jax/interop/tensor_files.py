@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import pickle
@@ -75,6 +76,26 @@ def read_safetensors(file: str | os.PathLike[str]) -> Tensors:
         return safetensors.numpy.load_file(file)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def weight_files(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """The file of weights of this name, or the several that NAME.index.json names; none where there are none.
+
+    Raises ConfigError where the index cannot be read, or one of the several is missing.
+    """
+    if (folder / name).is_file():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
+    if not index.is_file():
+        return []
+    try:
+        files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} cannot be read ({error!r}); expected a map of weights") from None
+    for file in files:
+        if pathlib.Path(file).name != file or not (folder / file).is_file():
+            raise ConfigError(f"{folder} has no {file[:200]}; expected it, as {index.name} names it")
+    return [folder / file for file in files]
 
 
 def write_safetensors(file: str | os.PathLike[str], tensors: Tensors) -> None:

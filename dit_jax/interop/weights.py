@@ -41,6 +41,7 @@ class Weights:
       label_names: name of each class, empty where they have none.
       step: of training, 0 where it is not known.
       dataset: the dataset.json of the run that they are of, as its JSON says, if it is one of ours.
+      texts: where the encoder of captions lies, a folder or a hub id; empty where its name says.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Weights:
     label_names: tuple[str, ...] = ()
     step: int = 0
     dataset: Mapping[str, Any] | None = None
+    texts: str = ""
 
     def digest(self) -> str:
         """SHA-256 of the parameters and of what they are parameters of."""

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from dit_jax.config import Config, ConfigError, LoraConfig, run_config, to_json
-from dit_jax.data.metadata import LatentMetadata
+from dit_jax.conditions import TextCondition, condition_of
+from dit_jax.config import Config, ConfigError, DiTConfig, LoraConfig, run_config, to_json
+from dit_jax.data.metadata import LatentMetadata, StoredText
 from dit_jax.files import check_folder, whole_folder, write_whole
 from dit_jax.interop import keymap
 from dit_jax.interop.diffusers import weights_hash
-from dit_jax.interop.formats import WRITERS, Kind, is_run, read_weights
+from dit_jax.interop.formats import WRITERS, Kind, Writer, is_run, read_weights
 from dit_jax.interop.ldm import convert_autoencoder, open_autoencoder
 from dit_jax.interop.lora import write_lora
 from dit_jax.interop.weights import Latents, Reading, Weights, name_of, shapes_of
@@ -28,6 +29,8 @@ from dit_jax.runs.checkpoint import say
 from dit_jax.runs.weights import load_weights, save_weights
 from dit_jax.runs.workdir import read_metadata
 
+WEIGHTS = "weights:"
+"""What the source of a dataset begins with of which nothing is known but other people's weights."""
 CONVENTIONS = {"pt": "published", "diffusers": "diffusers"}
 """Whose constants the programs that read a format compute with (`config.model.convention`)."""
 
@@ -65,7 +68,7 @@ def convert(
     kind = to or ("pt" if target.suffix in (".pt", ".pth") else "folder" if is_run(source) else "run")
     weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN")
     theirs, ours = CONVENTIONS.get(kind), weights.config.model.convention
-    if theirs not in (None, ours):
+    if theirs not in (None, ours) and isinstance(weights.config.model, DiTConfig):
         say(
             f"warning: what reads {out} computes with the {theirs} constants, these weights are of the {ours} ones "
             "(--model.convention): its pictures differ slightly from those of sample.py"
@@ -75,7 +78,10 @@ def convert(
             WRITERS[kind](target, weights)
         else:
             with whole_folder(target) as beside:
-                (write_run if kind == "run" else WRITERS[kind])(beside, weights)
+                write: Writer = write_run if kind == "run" else WRITERS[kind]
+                left_out = write(beside, weights)
+            if left_out:
+                say(f"{out} is {left_out}")
     return f"{out} ({kind}): {described(weights)}"
 
 
@@ -119,7 +125,8 @@ def read_run(folder: str, reading: Reading) -> Weights:
         latents = dataclasses.replace(latents, vae=reading.vae)
     dataset = json.loads(metadata.to_json())
     config = dataclasses.replace(config, lora=LoraConfig())  # its weights have moved the others
-    return Weights(config, params, name_of(folder), latents, metadata.label_names, step, dataset)
+    texts = metadata.text.place if metadata.text else ""
+    return Weights(config, params, name_of(folder), latents, metadata.label_names, step, dataset, texts)
 
 
 def _write_lora(run: str, target: pathlib.Path, reading: Reading) -> str:
@@ -165,11 +172,21 @@ def metadata_of(weights: Weights) -> LatentMetadata:
         known: dict[str, Any] = {**weights.dataset, "vae": latents.vae}
         return LatentMetadata.from_json(json.dumps(known), f"the dataset of {weights.source}")
     return LatentMetadata(
-        source=f"weights:{weights.source}", source_hash="", source_count=0, vae=latents.vae, vae_hash=vae_hash,
+        source=f"{WEIGHTS}{weights.source}", source_hash="", source_count=0, vae=latents.vae, vae_hash=vae_hash,
         vae_backend="", precision="", scaling_factor=latents.scaling_factor, shift_factor=latents.shift_factor,
         latent_shape=(*m.input_size, m.in_channels), image_size=latents.image_size, crop="", mirrors=False,
         dtype="float32", num_classes=m.num_classes, label_names=weights.label_names, shard_size=1, batch_size=1,
+        text=_text_of(weights),
     )  # fmt: skip
+
+
+def _text_of(weights: Weights) -> StoredText | None:
+    """What is known of the captions of other people's data; None for a network that is told labels."""
+    kind = condition_of(weights.config)
+    if not isinstance(kind, TextCondition):
+        return None
+    sizes = (kind.length, kind.channels, kind.pooled, kind.clip_widths)
+    return StoredText(kind.encoder, "", *sizes, place=weights.texts)
 
 
 def _is_here(vae: str) -> bool:

@@ -8,6 +8,8 @@
 | karras    | (sigma / alpha)^(1/7) (Karras et al., arXiv 2206.00364, eq. 5), then the end                      |
 | quadratic | the root of the time that is left (DDIM, arXiv 2010.02502, appendix D.2), then the end            |
 | shifted   | time, moved towards the noise as for a higher resolution (SD3, arXiv 2403.03206, eq. 23)          |
+| sd3       | the same from noise to a thousandth of the way before the data, moved twice there, then the end: of |
+|           | Stable Diffusion 3's published programs and diffusers alike, whose last step is a long one        |
 
 N steps are N + 1 times; the last is the end of the course. respaced is for the Gaussian process alone.
 """
@@ -23,15 +25,16 @@ from dit_jax.diffusion.times import shifted
 from dit_jax.diffusion.timesteps import space_timesteps
 from dit_jax.samplers.course import Course, GaussianCourse, log_ratio, time_of_log_ratio
 
-GridName = Literal["uniform", "respaced", "lambda", "karras", "quadratic", "shifted"]
+GridName = Literal["uniform", "respaced", "lambda", "karras", "quadratic", "shifted", "sd3"]
 GRIDS: tuple[str, ...] = get_args(GridName)
 RHO = 7.0
+SD3_TIMESTEPS = 1000
 # Where the levels' ratio is infinite at an end of the course, the grids in it begin this share of the way inside.
 INSIDE = 1e-3
 
 
 def make_times(course: Course, grid: GridName, steps: int, grid_shift: float = 3.0) -> np.ndarray:
-    """Times (steps + 1,) float64 of a named grid; grid_shift is that of "shifted".
+    """Times (steps + 1,) float64 of a named grid; grid_shift is that of "shifted" and "sd3".
 
     Raises ValueError for another name, fewer than one step, or what the process does not have.
     """
@@ -53,6 +56,9 @@ def make_times(course: Course, grid: GridName, steps: int, grid_shift: float = 3
     gone = np.linspace(0, 1, steps + 1)
     if grid == "shifted":
         gone = shifted(gone, grid_shift)
+    elif grid == "sd3":
+        last = shifted(1 - 1 / SD3_TIMESTEPS, grid_shift)  # it is among the times that are shifted again
+        gone = np.append(shifted(np.linspace(0, last, steps), grid_shift), 1.0)
     times = course.start + (course.end - course.start) * gone
     if not course.answers(times[-2]):
         raise ValueError(

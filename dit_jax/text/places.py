@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterable
 
 from dit_jax.config import ConfigError
 from dit_jax.interop.diffusers import from_hub, is_hub_id
+from dit_jax.interop.tensor_files import weight_files
 
 WEIGHTS = "model.safetensors"
 PICKLED = "pytorch_model.bin"  # what older repositories have in its place
-INDEX = ".index.json"
 
 
 def folder_of(place: str, patterns: list[str]) -> pathlib.Path:
@@ -33,20 +32,7 @@ def weights_of(folder: pathlib.Path) -> list[pathlib.Path]:
 
     Raises ConfigError where one of the several is missing.
     """
-    for name in (WEIGHTS, PICKLED):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / (name + INDEX)
-        if index.is_file():
-            try:
-                files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ConfigError(f"{index} cannot be read ({error!r}); expected a map of weights") from None
-            missing = [file for file in files if not (folder / file).is_file()]
-            if missing:
-                raise ConfigError(f"{folder} has no {missing[0]}; expected it, as {index.name} names it")
-            return [folder / file for file in files]
-    return []
+    return weight_files(folder, WEIGHTS) or weight_files(folder, PICKLED)
 
 
 def digest(files: Iterable[pathlib.Path]) -> str:

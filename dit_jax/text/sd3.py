@@ -18,14 +18,11 @@ from typing import Any
 import numpy as np
 
 from dit_jax.config import ConfigError
-from dit_jax.config.text import CHANNELS, CLIP_LENGTH, SD3
+from dit_jax.config.text import CHANNELS, CLIP_LENGTH, SD3, SD3_PLACE, SD3_TEXTS
 from dit_jax.text.encoders import Embedded, in_batches, loaded, quietly
 from dit_jax.text.places import digest, folder_of, weights_of
 
-PLACE = "stabilityai/stable-diffusion-3.5-medium"
-CLIPS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
-T5 = ("text_encoder_3", "tokenizer_3")
-FOLDERS = tuple(folder for pair in (*CLIPS, T5) for folder in pair)
+*CLIPS, T5 = SD3_TEXTS
 _FILES = [
     *(f"{folder}/*" for _, folder in (*CLIPS, T5)),
     *(f"{folder}/{name}" for folder, _ in (*CLIPS, T5)
@@ -108,7 +105,7 @@ def open_sd3(place: str | None, length: int, channels: int = 0) -> Sd3Encoder:
     """The encoders of a StableDiffusion3Pipeline's folder or hub id; arguments and errors as of `open_encoder`."""
     import transformers
 
-    place = place or PLACE
+    place = place or SD3_PLACE
     folder = folder_of(place, _FILES)
     clips = [
         _part(folder, place, "CLIP", parts, CLIP_LENGTH, transformers.CLIPTextModelWithProjection)

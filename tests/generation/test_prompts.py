@@ -102,6 +102,14 @@ def test_parts_go_on_with_the_same_prompts_alone(sample, tmp_path, monkeypatch):
     assert list(again["prompts"]) == list(whole["prompts"])
 
 
+def test_the_grid_shows_prompts_under_their_pictures(sample, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(command, "save_grid", lambda path, images, columns, captions: shown.append(captions))
+    sample(prompt=["a cat", "b"], out=str(tmp_path / "grid.png"), grid_count=3)
+    sample(prompt=["a cat", "b"], out=str(tmp_path / "grid.png"), interpolate=(0, 1), grid_count=4)
+    assert shown == [["a cat", "b", "a cat"], ["a cat"] * 4]
+
+
 def test_a_run_of_captions_is_measured(sd3_run, sd3_folder, tmp_path, monkeypatch):
     """evaluate.py --workdir draws the same pictures; no class is asked for, and none is agreed with."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -16,6 +16,8 @@ from dit_jax.commands import sample
 from dit_jax.config import ConfigError, FlowMatchingConfig, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.generation.command import SampleArgs, load_source, main, recipe
+from dit_jax.generation.prompts import asked_of
+from dit_jax.generation.sampling import sampling_model
 from dit_jax.interop import keymap
 from dit_jax.interop.formats import read_weights
 from dit_jax.interop.imagenet import class_names
@@ -264,8 +266,9 @@ def test_a_killed_command_goes_on_with_the_same_weights_alone(run, tmp_path):
     changed = jax.tree.map(lambda leaf: leaf + 1, before.weights.params)
     after = dataclasses.replace(before, weights=dataclasses.replace(before.weights, params=changed))
     steps = {"step": 12, "guide_step": None}
-    assert recipe(args, before, steps) == recipe(args, load_source(args), steps)
-    assert recipe(args, before, steps) != recipe(args, after, steps)
+    asked = asked_of(args, before, sampling_model(before.config))
+    assert recipe(args, before, steps, asked) == recipe(args, load_source(args), steps, asked)
+    assert recipe(args, before, steps, asked) != recipe(args, after, steps, asked)
 
 
 def test_a_pipeline_samples_with_its_own_constants(pipeline_folder, tmp_path):

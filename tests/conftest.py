@@ -131,12 +131,16 @@ def tiny_config(**parts) -> Config:
 
 
 def random_batch(step: int, size: int = 16, views: int = 2) -> dict[str, np.ndarray]:
-    """Moments (B, M, 8, 8, 8) and labels (B,) of one step, on the host."""
+    """Moments (B, M, 8, 8, 8), labels (B,) and bytes of captions (B, 16) of one step, on the host."""
     rng = np.random.default_rng(step)
     mean = rng.normal(size=(size, views, 8, 8, 4))
     std = rng.uniform(0.05, 0.1, size=(size, views, 8, 8, 4))
     moments = np.concatenate([mean, std], axis=-1).astype(np.float16)
-    return {"moments": moments, "label": rng.integers(0, 4, size).astype(np.int32)}
+    labels = rng.integers(0, 4, size).astype(np.int32)
+    tokens = rng.integers(2, 258, (size, 16)).astype(np.int32)
+    tokens[:, 0] = 1
+    there = np.arange(16)[None] < rng.integers(1, 17, (size, 1))
+    return {"moments": moments, "label": labels, "tokens": np.where(there, tokens, 0).astype(np.int32)}
 
 
 def run_steps(config: Config, num_devices: int, steps: int, state=None, first: int = 0):

@@ -7,6 +7,10 @@
 | adaln           | shift and scale of each norm, regressed from their sum         | not affine |
 | adaln_zero      | the same and a gate on each branch, regressed to zero at first | not affine |
 
+A caption's tokens join the sequence where the conditioning is in context, and the context elsewhere. Under adaLN time
+and pooled text modulate, and the tokens of the picture attend to the text's between self-attention and MLP (PixArt,
+arXiv 2310.00426, section 2.3).
+
 Letters: B batch, N tokens, M context tokens, D width, L layers.
 """
 
@@ -18,10 +22,14 @@ import jax.numpy as jnp
 
 from dit_jax.models.attention import CrossAttention, SelfAttention
 from dit_jax.models.compute import Compute
+from dit_jax.models.initializers import Initializer
 from dit_jax.models.norms import add_gated
 from dit_jax.models.parts import Parts
 
 Array = jax.Array
+Given = tuple[Array | None, Array | None]
+"""What all blocks are given: a context (B, M, D) to attend to, if any, and which keys there are, (B, M) bool (None:
+all): of the context, and without one of the sequence itself, whose M is N."""
 
 # Vectors of width D that adaLN regresses for a block: shift and scale (and gate) for attention and MLP.
 MODULATIONS = {"in_context": 0, "cross_attention": 0, "adaln": 4, "adaln_zero": 6}
@@ -37,18 +45,24 @@ class Block(nn.Module):
     parts: Parts = Parts()
 
     @nn.compact
-    def __call__(self, x: Array, modulation: Array | None, context: Array | None) -> tuple[Array, None]:
-        """x (B, N, D), modulation (B, 4 or 6, D) for adaLN, context (B, M, D) for cross-attention."""
+    def __call__(self, x: Array, modulation: Array | None, given: Given) -> tuple[Array, None]:
+        """x (B, N, D), modulation (B, 4 or 6, D) for adaLN."""
+        context, mask = given
         compute, norm = self.compute, self.parts.norm
         second = self.parts.second_norm or norm
         x = compute.split_batch(x)
         attention = SelfAttention(self.num_heads, compute, self.parts.queries_keys, name="attn")
         mlp = self.parts.mlp(self.mlp_hidden, compute, name="mlp")
+
+        def to_context(x: Array, context: Array, out_init: Initializer | None = None) -> Array:
+            cross = CrossAttention(self.num_heads, compute, out_init, name="cross_attn")
+            return cross(norm.affine(compute.dtype, name="norm_cross")(x), context, mask)
+
         if modulation is None:
-            x = x + attention(norm.affine(compute.dtype, name="norm1")(x))
+            of_itself = mask if context is None else None
+            x = x + attention(norm.affine(compute.dtype, name="norm1")(x), of_itself)
             if context is not None:
-                cross = CrossAttention(self.num_heads, compute, name="cross_attn")
-                x = x + cross(norm.affine(compute.dtype, name="norm_cross")(x), context)
+                x = x + to_context(x, context)
             return x + mlp(second.affine(compute.dtype, name="norm2")(x)), None
 
         vectors = [modulation[:, i] for i in range(modulation.shape[1])]  # each (B, D)
@@ -58,7 +72,14 @@ class Block(nn.Module):
         else:
             shift1, scale1, gate1, shift2, scale2, gate2 = vectors
         x, h = norm.add_and_modulate(x, None, None, shift1, scale1, compute)
-        x, h = second.add_and_modulate(x, attention(h), gate1, shift2, scale2, compute)
+        branch, gate = attention(h), gate1
+        if context is not None:
+            x = add_gated(x, branch, gate)
+            branch, gate = (
+                to_context(x, context, nn.initializers.zeros),
+                None,
+            )  # as adaLN-Zero's branches begin
+        x, h = second.add_and_modulate(x, branch, gate, shift2, scale2, compute)
         # This sum is not the next block's first: the loop over layers would carry, and keep, its two terms.
         return add_gated(x, mlp(h), gate2), None
 

@@ -47,6 +47,7 @@ def _dit(config: Config, compute: Compute) -> DiT:
         learn_sigma=config.diffusion.learn_sigma,
         conditioning=m.conditioning,
         text=condition if isinstance(condition, TextCondition) else None,
+        text_layers=config.text.layers,
         lora=config.lora,
         compute=compute,
         parts=CONVENTIONS[m.convention],
@@ -60,7 +61,7 @@ def _mmdit(config: Config, compute: Compute) -> MMDiT:
         "input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "qk_norm",
         "dual_blocks", "positions_side", "positions_base",
     )}  # fmt: skip
-    return MMDiT(**sizes, text=text, lora=config.lora, compute=compute)
+    return MMDiT(**sizes, text=text, text_layers=config.text.layers, lora=config.lora, compute=compute)
 
 
 # A new kind of network is its config in dit_jax.config, its module, and its row here.

@@ -10,6 +10,7 @@ product outside the loop: they depend on the conditioning vector alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from dit_jax.conditions import AnyCondition, LabelCondition, TextCondition
 from dit_jax.config import ConfigError, LoraConfig
+from dit_jax.models.attention import with_those_before
 from dit_jax.models.blocks import MODULATIONS, Block, Modulation
 from dit_jax.models.compute import Compute
 from dit_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, patchify, unpatchify
@@ -25,16 +27,27 @@ from dit_jax.models.layers import layers
 from dit_jax.models.linear import Linear
 from dit_jax.models.on_patches import OnPatches
 from dit_jax.models.parts import Parts
+from dit_jax.models.text import ByteEncoder, TextEmbedder, read_text
 
 Array = jax.Array
 
 
+class Told(NamedTuple):
+    """What a DiT's blocks are told: the vector of adaLN (B, D) float32, tokens (B, M, D) that stand in the
+    sequence or are attended to, and which of them there are, (B, M) bool (None: all)."""
+
+    vector: Array
+    sequence: Array | None
+    mask: Array | None
+
+
 class DiT(OnPatches, nn.Module):
-    """Diffusion Transformer: predicts noise (and a variance) from a noised latent, a timestep and a label.
+    """Diffusion Transformer: predicts noise (and a variance) from a noised latent, a timestep and a label or text.
 
     Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
-    `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `parts` are what its
-    blocks are made of; `compute` is how it is computed, of which its parameters do not depend.
+    `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `text` is the
+    kind of captions that stand in the labels' place, and `text_layers` the blocks of an encoder of bytes; `parts` are
+    what its blocks are made of; `compute` is how it is computed, of which its parameters do not depend.
     """
 
     input_size: int | tuple[int, int] = 32
@@ -49,6 +62,7 @@ class DiT(OnPatches, nn.Module):
     learn_sigma: bool = True
     conditioning: str = "adaln_zero"
     text: TextCondition | None = None
+    text_layers: int = 2
     lora: LoraConfig = LoraConfig()
     compute: Compute = Compute()
     parts: Parts = Parts()
@@ -74,9 +88,10 @@ class DiT(OnPatches, nn.Module):
         return self.num_classes
 
     @nn.compact
-    def __call__(self, x: Array, t: Array, y: Array | Mapping[str, Array] | None = None) -> Array:
-        """x (B, H, W, C), t (B,) timesteps, y (B,) labels, or {"label": labels} -> (B, H, W, C or 2C) float32."""
-        y = y["label"] if isinstance(y, Mapping) else y
+    def __call__(self, x: Array, t: Array, y: Any = None) -> Array:
+        """x (B, H, W, C), t (B,) timesteps, y (B,) labels, {"label": labels} or a text's arrays -> (B, H, W, C or
+        2C) float32."""
+        y = y["label"] if isinstance(y, Mapping) and self.text is None else y
         self._check(x, y)
         d, n = self.hidden_size, self.num_tokens
         compute = self.compute.resolved(n, self.head_dim)
@@ -84,27 +99,21 @@ class DiT(OnPatches, nn.Module):
         positions = self.parts.positions(*self.grid_size, d)
         tokens = tokens + jnp.asarray(positions, compute.dtype)[None]  # (B, N, D)
 
-        conditions = [
-            TimestepEmbedder(d, compute, self.parts.sinusoid, name="t_embed")(t)
-        ]  # each (B, D), float32
-        if y is not None and self.num_classes > 0:
-            with_null = self.class_dropout_prob > 0
-            conditions.append(LabelEmbedder(self.num_classes, d, with_null, name="y_embed")(y))
-        c = compute.split_batch(sum(conditions[1:], conditions[0]))
-        sequence = jnp.stack(conditions, axis=1).astype(compute.dtype)  # (B, 1 or 2, D)
-
+        time = TimestepEmbedder(d, compute, self.parts.sinusoid, name="t_embed")(t)  # (B, D), float32
+        c, sequence, mask = self._told(time, y, compute)
+        c = compute.split_batch(c)
         vectors = MODULATIONS[self.conditioning]
         modulation = None
         if vectors:
             modulation = Modulation((self.depth, vectors, d), compute, name="adaln")(c)
             modulation = modulation.swapaxes(0, 1)  # (L, B, 4 or 6, D)
-        if self.conditioning == "in_context":
-            tokens = jnp.concatenate([tokens, sequence], axis=1)
-        context = sequence if self.conditioning == "cross_attention" else None
+        if self.conditioning == "in_context" and sequence is not None:
+            tokens, sequence = jnp.concatenate([tokens, sequence], axis=1), None
+            mask = with_those_before(n, mask)
         blocks = layers(Block, self.depth, compute)(
             self.num_heads, int(d * self.mlp_ratio), self.conditioning, compute, self.parts, name="blocks"
         )
-        tokens, _ = blocks(tokens, modulation, context)
+        tokens, _ = blocks(tokens, modulation, (sequence, mask))
         tokens = compute.split_batch(tokens)[:, :n]  # in_context's extra tokens go
 
         if vectors:
@@ -123,7 +132,30 @@ class DiT(OnPatches, nn.Module):
         )
         return unpatchify(final_linear(tokens), self.patch_size, self.latent_size)
 
-    def _check(self, x: Array, y: Array | None) -> None:
+    def _told(self, time: Array, y: Any, compute: Compute) -> Told:
+        """What the blocks are told of the time's embedding (B, D) and y."""
+        if self.text is not None:
+            return self._told_text(self.text, time, y, compute)
+        conditions = [time]  # each (B, D), float32
+        if y is not None and self.num_classes > 0:
+            with_null = self.class_dropout_prob > 0
+            conditions.append(LabelEmbedder(self.num_classes, self.hidden_size, with_null, name="y_embed")(y))
+        c = sum(conditions[1:], conditions[0])
+        if MODULATIONS[self.conditioning]:
+            return Told(c, None, None)
+        return Told(c, jnp.stack(conditions, axis=1).astype(compute.dtype), None)
+
+    def _told_text(self, kind: TextCondition, time: Array, y: Any, compute: Compute) -> Told:
+        d = self.hidden_size
+        sizes = (d, self.text_layers, self.num_heads, int(d * self.mlp_ratio))
+        text = read_text(kind, y, ByteEncoder(*sizes, compute, name="bytes_embed"), compute.dtype)
+        tokens = compute.split_batch(Linear((d,), compute=compute, name="context_embed")(text.tokens))
+        if MODULATIONS[self.conditioning]:
+            return Told(time + TextEmbedder(d, compute, name="pooled_embed")(text.pooled), tokens, text.mask)
+        tokens = jnp.concatenate([time.astype(compute.dtype)[:, None], tokens], axis=1)
+        return Told(time, tokens, with_those_before(1, text.mask))
+
+    def _check(self, x: Array, y: Any) -> None:
         if self.conditioning not in MODULATIONS:
             raise ConfigError(
                 f"conditioning is {self.conditioning!r}; expected one of {', '.join(MODULATIONS)}"
@@ -140,5 +172,9 @@ class DiT(OnPatches, nn.Module):
         expected = (*self.latent_size, self.in_channels)
         if x.ndim != 4 or x.shape[1:] != expected:
             raise ValueError(f"x has shape {x.shape}; expected (batch, {', '.join(map(str, expected))})")
-        if self.num_classes > 0 and y is None:
+        if self.text is not None:
+            missing = [name for name in self.text.fields if not isinstance(y, Mapping) or name not in y]
+            if missing:
+                raise ValueError(f"the condition has no {', '.join(missing)}; expected the arrays of a text")
+        elif self.num_classes > 0 and y is None:
             raise ValueError(f"y is missing; the model has {self.num_classes} classes")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dit_jax.models.attention import SelfAttention, attend
+from dit_jax.models.attention import SelfAttention, attend, with_those_before
 from dit_jax.models.compute import TOKENS_LAST, Compute
 from dit_jax.models.kernels import tokens_last
 from dit_jax.models.linear import Linear
@@ -54,26 +54,29 @@ class JointAttention(nn.Module):
     answers_text: bool
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> tuple[Array, Array | None]:
-        """x (B, N, D), context (B, M, D) -> what each stream adds, (B, N, D) and (B, M, D) or None."""
+    def __call__(self, x: Array, context: Array, mask: Array | None) -> tuple[Array, Array | None]:
+        """x (B, N, D), context (B, M, D), mask (B, M) bool, which of it there is (None: all) -> what each stream
+        adds, (B, N, D) and (B, M, D) or None."""
         d, n, kernel = x.shape[-1], x.shape[1], self.compute.attention
-        tokens_axis = 3 if kernel in TOKENS_LAST else 1
-        parts = [self._queries_keys_values("", x), self._queries_keys_values("context_", context)]
+        if kernel in TOKENS_LAST and mask is not None:  # which that kernel does not take
+            kernel = "einsum"
+        last = kernel in TOKENS_LAST
+        tokens_axis = 3 if last else 1
+        parts = [self._queries_keys_values(*stream, last) for stream in (("", x), ("context_", context))]
         q, k, v = (jnp.concatenate(pair, axis=tokens_axis) for pair in zip(*parts, strict=True))
-        if kernel in TOKENS_LAST:
+        if last:
             by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
             out, equation = tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd"
         else:
-            out, equation = attend(q, k, v, kernel), ""
+            out, equation = attend(q, k, v, kernel, with_those_before(n, mask)), ""
             out = out if kernel == "cudnn" else checkpoint_name(out, "attention")
         of_x, of_text = jnp.split(out, [n], axis=tokens_axis)
         linear = functools.partial(Linear, (d,), in_axes=2, compute=self.compute, quantized=True)
         answer = linear(name="context_proj")(of_text, equation) if self.answers_text else None
         return linear(name="proj")(of_x, equation), answer
 
-    def _queries_keys_values(self, stream: str, tokens: Array) -> tuple[Array, ...]:
+    def _queries_keys_values(self, stream: str, tokens: Array, last: bool) -> tuple[Array, ...]:
         """Of one stream's tokens (B, T, D), each (B, T, H, K), or (H, B, K, T) for a kernel that has tokens last."""
-        last = self.compute.attention in TOKENS_LAST
         name, d = f"{stream}qkv", tokens.shape[-1]
         if last:
             q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.compute.dtype, name=name)(tokens)
@@ -101,9 +104,9 @@ class JointBlock(nn.Module):
     norm: Norm = LAYER_NORM
 
     @nn.compact
-    def __call__(self, streams: Streams, modulation: Streams, shared: None) -> tuple[Streams, None]:
+    def __call__(self, streams: Streams, modulation: Streams, mask: Array | None) -> tuple[Streams, None]:
         """streams: "x" (B, N, D) and "context" (B, M, D); modulation: vectors of each, (B, 6 or 9, D) and
-        (B, 6 or 2, D)."""
+        (B, 6 or 2, D); mask (B, M) bool, which of the text there is (None: all)."""
         compute, norm = self.compute, self.norm
         x, context = compute.split_batch(streams["x"]), compute.split_batch(streams["context"])
         of_x, of_text = (
@@ -115,7 +118,7 @@ class JointBlock(nn.Module):
 
         x, h = norm.add_and_modulate(x, None, None, shift1, scale1, compute)
         context, h_text = norm.add_and_modulate(context, None, None, of_text[0], of_text[1], compute)
-        attended, answer = attention(h, h_text)
+        attended, answer = attention(h, h_text, mask)
         if self.dual:
             shift, scale, gate = of_x[PICTURE:]
             parts = QkNorm(parent=None) if self.qk_norm else None

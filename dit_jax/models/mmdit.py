@@ -10,7 +10,6 @@ without, and the last one, whose text goes no further.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from dit_jax.conditions import TextCondition
 from dit_jax.config import ConfigError, LoraConfig
 from dit_jax.config.check import mmdit_sizes
-from dit_jax.config.text import SD3
+from dit_jax.config.text import BYTES, SD3
 from dit_jax.models.blocks import Modulation
 from dit_jax.models.compute import Compute
 from dit_jax.models.embeddings import TimestepEmbedder, cropped_positions, patchify, unpatchify
@@ -30,6 +29,7 @@ from dit_jax.models.layers import layers
 from dit_jax.models.linear import Linear
 from dit_jax.models.on_patches import OnPatches
 from dit_jax.models.parts import LAYER_NORM
+from dit_jax.models.text import ByteEncoder, TextEmbedder, read_text
 
 Array = jax.Array
 HEAD_DIM = 64
@@ -53,7 +53,8 @@ class MMDiT(OnPatches, nn.Module):
     Attributes: `input_size` the latent's side or (H, W); `num_heads` None for heads of 64 channels; `dual_blocks` how
     many blocks, from the first on, let the picture attend to itself as well; `qk_norm` whether queries and keys are
     normed; positions are cut from the middle of a table of `positions_side` x `positions_side`, whose entries lie
-    positions_base / positions_side apart; `compute` is how it is computed, of which its parameters do not depend.
+    positions_base / positions_side apart; `text` what it is told, `text_layers` the blocks of an encoder of bytes;
+    `compute` is how it is computed, of which its parameters do not depend.
     """
 
     input_size: int | tuple[int, int] = 128
@@ -68,6 +69,7 @@ class MMDiT(OnPatches, nn.Module):
     positions_side: int = 192
     positions_base: int = 64
     text: TextCondition = SD3_TEXT
+    text_layers: int = 2
     lora: LoraConfig = LoraConfig()
     compute: Compute = Compute()
 
@@ -104,12 +106,14 @@ class MMDiT(OnPatches, nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, t: Array, condition: Mapping[str, Array]) -> Array:
-        """x (B, H, W, C), t (B,) times as shown, 0 to 1000 in Stable Diffusion 3, condition {"context": (B, M, E),
-        "pooled": (B, F)} -> (B, H, W, C) float32."""
-        context, pooled = condition["context"], condition["pooled"]
+        """x (B, H, W, C), t (B,) times as shown, 0 to 1000 in Stable Diffusion 3, condition as `text` says, of sd3
+        {"context": (B, M, E), "pooled": (B, F)} -> (B, H, W, C) float32."""
         self._check(x)
-        d = self.hidden_size
-        compute = self.compute.resolved(self.num_tokens + context.shape[1], self.head_dim)
+        d, mlp_hidden = self.hidden_size, int(self.hidden_size * self.mlp_ratio)
+        length = condition["tokens" if self.text.encoder == BYTES else "context"].shape[1]
+        compute = self.compute.resolved(self.num_tokens + length, self.head_dim)
+        byte_encoder = ByteEncoder(d, self.text_layers, self.heads, mlp_hidden, compute, name="bytes_embed")
+        context, mask, pooled = read_text(self.text, condition, byte_encoder, compute.dtype)
         tokens = Linear((d,), compute=compute, name="patch_embed")(patchify(x, self.patch_size))
         positions = cropped_positions(*self.grid_size, d, self.positions_side, self.positions_base)
         tokens = tokens + jnp.asarray(positions, compute.dtype)[None]
@@ -125,10 +129,10 @@ class MMDiT(OnPatches, nn.Module):
             }
             modulation = jax.tree.map(lambda a: a.swapaxes(0, 1), modulation)  # (L, B, vectors, D)
             blocks = layers(JointBlock, group.count, compute)(
-                self.heads, int(d * self.mlp_ratio), compute, self.qk_norm, group.name == "dual_blocks",
+                self.heads, mlp_hidden, compute, self.qk_norm, group.name == "dual_blocks",
                 group.name == "last_blocks", name=group.name,
             )  # fmt: skip
-            streams, _ = blocks(streams, modulation, None)
+            streams, _ = blocks(streams, modulation, mask)
         tokens = compute.split_batch(streams["x"])
         shift, scale = jnp.moveaxis(Modulation((2, d), compute, name="final_adaln")(c), 1, 0)
         tokens = LAYER_NORM.modulate(tokens, shift, scale, compute)
@@ -155,19 +159,3 @@ class MMDiT(OnPatches, nn.Module):
         expected = (*self.latent_size, self.in_channels)
         if x.ndim != 4 or x.shape[1:] != expected:
             raise ValueError(f"x has shape {x.shape}; expected (batch, {', '.join(map(str, expected))})")
-
-
-class TextEmbedder(nn.Module):
-    """An MLP F -> D -> D with SiLU of the pooled text, in float32: it costs next to nothing."""
-
-    hidden_size: int
-    compute: Compute = Compute()
-
-    @nn.compact
-    def __call__(self, pooled: Array) -> Array:
-        """pooled (B, F) -> (B, D)."""
-        compute = dataclasses.replace(self.compute, dtype=jnp.float32)
-        linear = functools.partial(
-            Linear, (self.hidden_size,), compute=compute, precision=jax.lax.Precision.HIGHEST
-        )
-        return linear(name="fc2")(nn.silu(linear(name="fc1")(pooled)))

@@ -103,12 +103,24 @@ train.evaluate_count"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes model.dual_blocks optim.warmup_steps optim.weight_decay
 optim.grad_clip train.sample_every train.seed train.microbatch train.milestone_every
-train.snapshot_every train.max_rollbacks train.evaluate_every data.workers"""
+train.snapshot_every train.max_rollbacks train.stall_minutes train.evaluate_every data.workers"""
 _AT_MOST = {  # beyond is a slip of the keyboard, which would end in hours of tracing or in no memory
     "model.depth": 10_000, "model.hidden_size": 2**17, "model.num_heads": 2**17, "model.patch_size": 2**12,
     "model.in_channels": 2**12, "model.mlp_ratio": 1024, "model.num_classes": 2**30,
     "model.positions_side": 2**14, "model.positions_base": 2**14, "data.workers": 1024,
 }  # fmt: skip
+
+
+def profiled_steps(text: str) -> range:
+    """The steps that FIRST:LAST names, none for an empty text; ConfigError for what is no such pair."""
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) < 2**31):
+        raise ConfigError(
+            f"--train.profile-steps is {shown(text)}; expected the first and the last step, such as 20:23"
+        )
+    return range(int(first), int(last) + 1)
 
 
 def _there(config: Config, options: Iterable[str]) -> Iterator[str]:
@@ -138,6 +150,7 @@ def _check_values(config: Config) -> None:
         _require(0 <= decay <= BELOW_ONE, "optim.ema_more", decay, "at least 0 and below 1 in float32")
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
+    profiled_steps(config.train.profile_steps)
     _check_model(config)
     for group in ("diffusion", "text", "lora"):
         for good, option, found, expected in getattr(config, group).rules():

@@ -140,6 +140,11 @@ class TrainConfig:
     """Updates in a row that are not finite before the run goes back to its last checkpoint, on other data."""
     max_rollbacks: int = 3
     """How often it may do so before it stops."""
+    stall_minutes: float = 0.0
+    """Minutes that a step may take, once the first one is done; then the process says where it is and ends with code
+    75, so that a scheduler starts it again (0: any time)."""
+    profile_steps: str = ""
+    """First and last step, such as 20:23, of which a trace is written to WORKDIR/profile (empty: none)."""
     init_from: str = ""
     """Folder of a run whose averaged weights this one starts from; of its label table, those of classes with the same
     name (or all, where names are missing and the numbers of classes agree)."""

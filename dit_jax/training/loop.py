@@ -16,6 +16,7 @@ import tqdm
 from jax.sharding import Mesh
 
 from dit_jax.config import Config
+from dit_jax.config.check import profiled_steps
 from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import batches, check_memory
 from dit_jax.data.metadata import LatentMetadata
@@ -40,6 +41,7 @@ from dit_jax.training.room import check_room
 from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.step import summarise
 from dit_jax.training.throughput import Throughput
+from dit_jax.training.watchdog import Profile, Watchdog
 
 if TYPE_CHECKING:
     from dit_jax.generation.scoring import Ruler
@@ -160,11 +162,14 @@ class Run:
         in_flight: collections.deque[Any] = collections.deque()
         with (
             contextlib.closing(data), bar, MetricsLog(self.workdir, step) as log,
-            Snapshots(self.workdir, config, step) as snapshots,
+            Snapshots(self.workdir, config, step) as snapshots, Watchdog(t.stall_minutes) as watchdog,
+            Profile(profiled_steps(t.profile_steps), self.workdir) as profile,
         ):  # fmt: skip
             while step < t.steps:
+                profile.before(step + 1)
                 state, metrics = self.program.step(state, next(data))
                 step += 1
+                profile.after(step, metrics)
                 loss: float | None = None  # of the window of the log that ends here
                 in_flight.append(metrics)
                 if len(in_flight) > STEPS_IN_FLIGHT:
@@ -172,6 +177,7 @@ class Run:
                 if not clock.started:  # compilation is over
                     jax.block_until_ready(metrics)
                     clock.lap(step)
+                watchdog.step(step)
                 bar.update()
 
                 last = step == t.steps
@@ -188,19 +194,25 @@ class Run:
                     bar.set_postfix({"loss": shown, "img/s": f"{line['images_per_second']:.0f}"})
                     if int(state.bad_streak) >= t.bad_steps:
                         return state
-                with clock.paused():
+                with clock.paused(), watchdog.paused():
                     snapshots.save(state, step)
                     due = step % t.checkpoint_every == 0
                     # A state whose last update failed is no place to go back to.
                     if last or (due and int(state.bad_streak) == 0):
                         self.checkpoints.save(state, self.meta, loss)
                     self.watch(state, step, last, log)
-                if not last and self.stop.requested(step):
-                    self.checkpoints.save(state, self.meta, loss)
-                    self.checkpoints.wait()
-                    say(f"asked to stop: step {step} is saved, the same command goes on from it")
+                if not last and self.stops(state, step, loss):
                     break
         return state
+
+    def stops(self, state: TrainState, step: int, loss: float | None) -> bool:
+        """Whether a signal has asked the run to stop; this step is saved then."""
+        if not self.stop.requested(step):
+            return False
+        self.checkpoints.save(state, self.meta, loss)
+        self.checkpoints.wait()
+        say(f"asked to stop: step {step} is saved, the same command goes on from it")
+        return True
 
     def watch(self, state: TrainState, step: int, last: bool, log: MetricsLog) -> None:
         """Draw and measure samples of this step where that is due."""

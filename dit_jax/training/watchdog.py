@@ -1,0 +1,112 @@
+"""Steps that hang, and steps that are looked at closely."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import pathlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Self
+
+import jax
+
+from dit_jax import signals
+
+PROFILE = "profile"  # in a run's folder
+
+
+class Watchdog:
+    """Ends a process whose next step does not come: a host that waits for a dead one would wait for ever.
+
+    It says on stderr where every thread is, and ends with code 75, after which a scheduler starts the command again.
+    Only time outside of `paused` counts, from the first `step` on, when compilation is over.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        """minutes: the longest that a step may take; 0: any time."""
+        self._seconds = 60 * minutes
+        self._changed = threading.Condition()
+        self._since: float | None = None
+        self._step, self._closed = 0, False
+
+    def __enter__(self) -> Self:
+        if self._seconds:
+            threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def step(self, number: int) -> None:
+        """A step has been asked for, and those before it are done."""
+        self._set(number, time.monotonic())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count: saving and drawing take what they take."""
+        watched = self._since is not None
+        self._set(self._step, None)
+        try:
+            yield
+        finally:
+            self._set(self._step, time.monotonic() if watched else None)
+
+    def _set(self, step: int, since: float | None) -> None:
+        with self._changed:
+            self._step, self._since = step, since
+            self._changed.notify()
+
+    def _look(self) -> None:
+        with self._changed:
+            while not self._closed:
+                if self._since is None:
+                    self._changed.wait()
+                    continue
+                left = self._since + self._seconds - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            if self._closed:
+                return
+            step = self._step
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        signals.end(
+            signals.EXIT_STOPPED,
+            f"process {jax.process_index()} of {jax.process_count()}: no step after step {step} for "
+            f"{self._seconds / 60:g} minutes (--train.stall-minutes); the same command goes on from what is saved",
+        )
+
+
+class Profile:
+    """A trace of some steps, for XProf or TensorBoard, in the run's folder; each process writes its own."""
+
+    def __init__(self, steps: range, workdir: pathlib.Path) -> None:
+        self._steps, self._folder, self._runs = steps, workdir / PROFILE, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def before(self, step: int) -> None:
+        """The step `step` is about to be asked for."""
+        if step in self._steps and not self._runs:
+            jax.profiler.start_trace(str(self._folder))
+            self._runs = True
+
+    def after(self, step: int, result: object) -> None:
+        """It has been asked for; the trace ends when the last one's result is there."""
+        if self._runs and step >= self._steps[-1]:
+            jax.block_until_ready(result)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False

@@ -23,8 +23,9 @@ class Prepare:
     """
 
     source: str
-    """Where images come from: digits, folder:PATH (a subfolder per class, or unlabelled), npz:PATH (images, labels),
-    tfds:NAME or tfds:PATH (features image and label, for example tfds:imagenet2012)."""
+    """Where images come from: digits, digits-text (two digits and a caption), folder:PATH (a subfolder per class, or
+    unlabelled), npz:PATH (images, labels), tar:PATH (webdataset's shards: a file, a folder or a pattern), tfds:NAME
+    or tfds:PATH (features image and label, for example tfds:imagenet2012)."""
     out: pathlib.Path
     """Folder of the dataset."""
     vae: str = "stabilityai/sd-vae-ft-mse"
@@ -51,6 +52,19 @@ class Prepare:
     """Split of a TFDS dataset or of the digits."""
     tfds_data_dir: str | None = None
     """Where TFDS keeps its datasets (None: TFDS' own default)."""
+    captions: Literal["auto", "none"] = "auto"
+    """auto: captions are stored where the source has them: .txt files or metadata.jsonl or .csv beside pictures, .txt
+    or .json in tar files, and of a TFDS dataset the feature --caption-field."""
+    caption_field: str = ""
+    """Where captions stand: a column of a metadata file, a key of a tar file's .json, a feature of a TFDS dataset
+    such as captions/text (empty: text, caption or captions; of TFDS none)."""
+    text_encoder: tuple[str, ...] = ()
+    """Who embeds captions: sd3, or a Hugging Face hub id or folder; a second word says where the files of sd3 lie, a
+    folder or hub id of a StableDiffusion3Pipeline (none, or bytes: words alone are stored)."""
+    text_length: int | None = None
+    """Tokens of a caption at most (None: 77 of CLIP and 256 of T5 for sd3, 256 of a language model)."""
+    text_dtype: Literal["float16", "bfloat16"] = "bfloat16"
+    """Type of the stored embeddings."""
     process_index: int = 0
     """Which of the processes this is; they share the work by shards and see the same folder."""
     process_count: int = 1
@@ -81,19 +95,32 @@ def prepare(args: Prepare) -> None:
 
     from dit_jax.compiler import keep_compiled_programs
     from dit_jax.data import encode, encoders, sources
+    from dit_jax.data.embed import open_embedder
     from dit_jax.data.inspection import describe
     from dit_jax.data.metadata import DataError
 
     keep_compiled_programs()
-    if args.source == "digits" and args.mirrors:
+    if args.source in ("digits", "digits-text") and args.mirrors:
         raise DataError(
-            "--mirrors is on, but a mirrored digit is none; expected --no-mirrors with --source digits"
+            f"--mirrors is on, but a mirrored digit is none; expected --no-mirrors with --source {args.source}"
+        )
+    if len(args.text_encoder) > 2:
+        raise DataError(
+            f"--text-encoder is {' '.join(args.text_encoder)}; expected an encoder, and where it lies if need be"
         )
     index, count = args.process_index, args.process_count
     if args.distributed:
         jax.distributed.initialize()
         index, count = jax.process_index(), jax.process_count()
-    source = sources.open_source(args.source, args.split, args.tfds_data_dir)
+    source = sources.open_source(
+        args.source, args.split, args.tfds_data_dir, args.captions == "auto", args.caption_field
+    )
+    name, place = (*args.text_encoder, "", "")[:2]
+    if name and not source.has_captions:
+        raise DataError(
+            f"--text-encoder is {name}, but {source.name} has no captions; expected a source that has"
+        )
+    embedder = open_embedder(name, place or None, args.text_length, args.text_dtype)
     make = encoders.diffusers_encoder if args.vae_backend == "diffusers" else encoders.flax_encoder
     encoder = make(args.vae, args.precision)
     with signals.interruptible():  # workers and unfinished shards go away
@@ -110,6 +137,7 @@ def prepare(args: Prepare) -> None:
             workers=args.workers,
             process_index=index,
             process_count=count,
+            embedder=embedder,
         )
     print(
         f"{args.out}: "

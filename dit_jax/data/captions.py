@@ -48,7 +48,7 @@ class Reader:
     def fields(self) -> dict[str, Field]:
         """The kind's fields, in the type in which they are read: embeddings as they are stored."""
         fields = dict(self.kind.fields)
-        if self._embedded and self.metadata.text:
+        if self.embedded and self.metadata.text:
             dtype = np.dtype(self.metadata.text.dtype)
             fields |= {
                 name: Field(fields[name].shape, dtype) for name in fields.keys() & {"context", "pooled"}
@@ -56,7 +56,8 @@ class Reader:
         return fields
 
     @property
-    def _embedded(self) -> bool:
+    def embedded(self) -> bool:
+        """Whether an encoder's embeddings are read."""
         return isinstance(self.kind, TextCondition) and self.kind.encoder != BYTES
 
     @property
@@ -70,7 +71,7 @@ class Reader:
         m = self.metadata
         if not self.of_text:
             return m.count * self.sample_bytes
-        if not self._embedded or m.text is None:
+        if not self.embedded or m.text is None:
             return m.captions * self.sample_bytes
         return (m.caption_tokens * m.text.channels + m.captions * m.text.pooled) * np.dtype(
             m.text.dtype
@@ -86,8 +87,8 @@ class Reader:
             for name, field in self.kind.fields.items():
                 numbers = feature[name].int64_list.value
                 arrays[name][row] = np.reshape(numbers, field.shape) if field.shape else numbers[0]
-        elif self._embedded:
-            lengths, tokens, pooled = self._embeddings(feature)
+        elif self.embedded:
+            lengths, tokens, pooled = self.embeddings(feature)
             chosen = word % len(lengths)
             first, n = int(lengths[:chosen].sum()), int(lengths[chosen])
             arrays["context"][row, :n] = tokens[first : first + n]
@@ -98,7 +99,7 @@ class Reader:
             words = captions_in(feature)
             arrays["tokens"][row] = byte_tokens([words[word % len(words)]], arrays["tokens"].shape[1])[0]
 
-    def _embeddings(self, feature: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def embeddings(self, feature: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(tokens of each caption (K,), all tokens (T, E), pooled (K, F)) of a record; views of its bytes."""
         text = self.metadata.text
         assert text is not None
@@ -158,7 +159,7 @@ class CaptionTable:
             count = len(words)
             self.arrays["tokens"][at : at + count] = byte_tokens(words, self.kind.length)  # type: ignore[union-attr]
         else:
-            lengths, tokens, pooled = self.reader._embeddings(feature)
+            lengths, tokens, pooled = self.reader.embeddings(feature)
             count = len(lengths)
             self.arrays["context"][self._tokens : self._tokens + len(tokens)] = tokens
             self.arrays["first"][at : at + count] = self._tokens + np.cumsum(lengths) - lengths

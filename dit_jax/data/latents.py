@@ -87,7 +87,7 @@ class LatentDataset:
         moments = np.empty((len(rows), *self.record_shape), self.metadata.dtype)
         condition = self.conditions.empty(len(rows))
         drawn = [0] * len(rows) if words is None else words.tolist()
-        for row, feature in self._records(rows):
+        for row, feature in self.records(rows):
             try:
                 self._put_moments(moments, row, feature)
                 self.conditions.put(condition, row, feature, drawn[row])
@@ -99,7 +99,7 @@ class LatentDataset:
         self, moments: np.ndarray, first: int, last: int, each: Callable[[int, Mapping[str, Any]], None]
     ) -> None:
         """The moments of records first..last - 1 to their rows of `moments`, and each one's features to `each`."""
-        for row, feature in self._records(self._checked(range(first, last))):
+        for row, feature in self.records(self._checked(range(first, last))):
             try:
                 self._put_moments(moments, first + row, feature)
                 each(first + row, feature)
@@ -108,12 +108,12 @@ class LatentDataset:
 
     def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The source ids of these records."""
-        found = dict(self._records(self._checked(indices)))
+        found = dict(self.records(self._checked(indices)))
         return [os.fsdecode(found[row]["id"].bytes_list.value[0]) for row in range(len(found))]
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[tuple[str, ...]]:
         """All captions of these records; DataError for a set that has none."""
-        found = dict(self._records(self._checked(indices)))
+        found = dict(self.records(self._checked(indices)))
         return [tuple(captions_in(found[row])) for row in range(len(found))]
 
     def examples(self, n: int) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -147,7 +147,7 @@ class LatentDataset:
         flat = moments[row].reshape(-1)
         flat[:] = np.frombuffer(data, m.dtype, len(flat))
 
-    def _records(self, rows: np.ndarray) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    def records(self, rows: np.ndarray) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(place in rows, features of the record), shard by shard."""
         order = np.argsort(rows, kind="stable")  # by shard, and forwards within each
         bounds = np.searchsorted(rows[order], np.concatenate([[0], self._ends]))

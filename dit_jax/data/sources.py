@@ -1,4 +1,4 @@
-"""Where images come from: digits, a folder of pictures, an .npz file, a TFDS dataset.
+"""Where images come from: a source by its name, and those that lie in memory: the digits, an .npz file.
 
 Legend: N images, H, W height and width.
 """
@@ -10,11 +10,10 @@ import hashlib
 import io
 import os
 import pathlib
-import stat
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -66,32 +65,55 @@ class Source(Protocol):
         """The record's captions, where there are any. Raises BadImageError for one without."""
 
 
-def open_source(name: str, split: str = "train", tfds_data_dir: str | None = None) -> Source:
-    """The source of that name: `digits`, `folder:PATH`, `npz:PATH`, `tfds:NAME` or `tfds:PATH`.
+def open_source(
+    name: str,
+    split: str = "train",
+    tfds_data_dir: str | None = None,
+    captions: bool = True,
+    caption_field: str = "",
+) -> Source:
+    """The source of that name: `digits`, `digits-text`, `folder:PATH`, `npz:PATH`, `tar:PATH`, `tfds:NAME` or
+    `tfds:PATH`.
 
-    split, tfds_data_dir: of a TFDS dataset (and `split` of the digits). Raises DataError where there is no such
-    source or it is not what it should be.
+    split, tfds_data_dir: of a TFDS dataset (and `split` of the digits). captions: False leaves them out.
+    caption_field: where they stand (empty: where they usually do; a TFDS dataset has none then). Raises DataError
+    where there is no such source, it is not what it should be or it has no such field.
     """
-    source = _open(name, split, tfds_data_dir)
+    source = _open(name, split, tfds_data_dir, caption_field if captions else None)
     for label_name, times in collections.Counter(source.label_names).items():
         if times > 1:
             raise DataError(
                 f"{source.name} has {times} classes of the name {label_name!r}; expected another name for each class"
             )
+    if caption_field and captions and not source.has_captions:
+        raise DataError(f"--caption-field is {caption_field}, but {source.name} has no such captions")
+    source.has_captions = source.has_captions and captions
     return source
 
 
-def _open(name: str, split: str, tfds_data_dir: str | None) -> Source:
+def _open(name: str, split: str, tfds_data_dir: str | None, caption_field: str | None) -> Source:
+    """caption_field: None where captions are not asked for."""
     kind, _, rest = name.partition(":")
+    path = pathlib.Path(os.path.expanduser(rest))
     if name in ("digits", "digits-text"):
         return _embedded(name, split)
     if kind == "folder" and rest:
-        return FolderSource(pathlib.Path(os.path.expanduser(rest)))
+        from dit_jax.data.folders import FolderSource
+
+        return FolderSource(path, caption_field)
     if kind == "npz" and rest:
-        return npz_source(pathlib.Path(os.path.expanduser(rest)))
+        return npz_source(path)
+    if kind == "tar" and rest:
+        from dit_jax.data.tars import TarSource
+
+        return TarSource(path, caption_field)
     if kind == "tfds" and rest:
-        return TfdsSource(rest, split, tfds_data_dir)
-    raise DataError(f"--source is {name!r}; expected digits, folder:PATH, npz:PATH, tfds:NAME or tfds:PATH")
+        from dit_jax.data.tfds_source import TfdsSource
+
+        return TfdsSource(rest, split, tfds_data_dir, caption_field or "")
+    raise DataError(
+        f"--source is {name!r}; expected digits, folder:PATH, npz:PATH, tar:PATH, tfds:NAME, tfds:PATH or digits-text"
+    )
 
 
 def _embedded(name: str, split: str) -> ArraySource:
@@ -156,7 +178,7 @@ class ArraySource:
     def fingerprint(self) -> str:
         labels = b"" if self.labels is None else self.labels.astype(np.int64).tobytes()
         captions = [repr(tuple(said)).encode() for said in self._captions] if self.has_captions else []
-        return _sha256([self.images.tobytes(), labels, *captions])
+        return sha256([self.images.tobytes(), labels, *captions])
 
     def id(self, index: int) -> str:
         return str(index)
@@ -209,163 +231,7 @@ def npz_source(path: pathlib.Path) -> ArraySource:
     return ArraySource(f"npz:{path.name}", images, labels, label_names)
 
 
-class FolderSource:
-    """Pictures in a folder: each subfolder is a class, or, without subfolders, all are unlabelled.
-
-    A class holds every picture below its subfolder; the classes are numbered in the order of their names.
-    Subfolders without pictures are no classes; hidden files and files of other kinds are left out.
-    """
-
-    in_memory = False
-    has_captions = False
-
-    def __init__(self, path: pathlib.Path):
-        if not os.path.isdir(path):
-            raise DataError(
-                f"folder:{path} is not a folder; expected one with a subfolder of pictures per class"
-            )
-        self.path, self.name = path, f"folder:{_readable(path.resolve().name)}"
-        self.files = sorted(_pictures(path), key=os.fsencode)
-        folders = [file.split("/")[0] for file in self.files if "/" in file]
-        if not self.files:
-            known = " ".join(sorted(EXTENSIONS))
-            raise DataError(f"folder:{path} holds no pictures; expected files ending in {known}")
-        if 0 < len(folders) < len(self.files):
-            loose = next(file for file in self.files if "/" not in file)
-            raise DataError(
-                f"folder:{path} has pictures in subfolders and {len(self.files) - len(folders)} beside them, such as "
-                f"{loose}; expected either a subfolder per class or no subfolders"
-            )
-        classes = sorted(set(folders), key=os.fsencode)
-        self.label_names = tuple(map(_readable, classes))
-        self.num_classes = len(classes)
-        number = {name: index for index, name in enumerate(classes)}
-        self.labels = [number[folder] for folder in folders] or [0] * len(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def fingerprint(self) -> str:
-        sizes = [_size(self.path / file) for file in self.files]
-        return _sha256(os.fsencode(f"{file}\0{size}\0") for file, size in zip(self.files, sizes, strict=True))
-
-    def id(self, index: int) -> str:
-        return _readable(self.files[index])
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            data = (self.path / self.files[index]).read_bytes()
-        except OSError as error:  # the disk's trouble, not the picture's: never skipped
-            raise _unreadable(error) from None
-        return decode_rgb(data), self.labels[index]
-
-    def captions(self, index: int) -> Sequence[str]:
-        return ()
-
-
-def _readable(name: str) -> str:
-    """A file's name as text that can be written and printed; bytes that are no UTF-8 become \\x escapes."""
-    return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _unreadable(error: OSError) -> DataError:
-    return DataError(f"{_readable(str(error.filename))} cannot be read: {error.strerror}")
-
-
-def _size(file: pathlib.Path) -> int:
-    """Bytes of a file; DataError for one that is none: reading a pipe or a device may never end."""
-    try:
-        found = file.stat()
-    except OSError as error:
-        raise _unreadable(error) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise DataError(f"{_readable(str(file))} is a pipe or a device, or a link to one; expected a picture")
-    return found.st_size
-
-
-def _pictures(path: pathlib.Path) -> Iterable[str]:
-    def refuse(error: OSError) -> None:
-        raise _unreadable(error)
-
-    for folder, subfolders, names in os.walk(path, onerror=refuse, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for link in (os.path.join(folder, name) for name in subfolders):
-            if os.path.islink(link) and pathlib.Path(folder).resolve().is_relative_to(os.path.realpath(link)):
-                raise DataError(f"{_readable(link)} is a link to a folder that it lies in; expected none")
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
-
-
-class TfdsSource:
-    """The features `image` and `label` of a TFDS dataset in a random-access format; needs no TensorFlow.
-
-    name: a dataset's name, or the folder that holds its dataset_info.json.
-    """
-
-    in_memory = False
-    has_captions = False
-
-    def __init__(self, name: str, split: str, data_dir: str | None = None):
-        import tensorflow_datasets as tfds
-
-        builder = _tfds_builder(name, data_dir)
-        features: dict[str, Any] = dict(builder.info.features or {})
-        if split not in builder.info.splits:
-            found = (
-                ", ".join(builder.info.splits)
-                or f"none: run tfds build {name} --file_format=array_record first"
-            )
-            raise DataError(f"--split is {split}; tfds:{name} has the splits {found}")
-        if "image" not in features:
-            raise DataError(
-                f"tfds:{name} has the features {', '.join(features)}; expected image, and label if any"
-            )
-        try:
-            self._records = builder.as_data_source(
-                split=split, decoders={"image": tfds.decode.SkipDecoding()}
-            )
-        except NotImplementedError as error:
-            raise DataError(
-                f"tfds:{name} has no random access; expected the format array_record: {error}"
-            ) from None
-        label = features.get("label")
-        self.name = f"tfds:{builder.info.full_name}/{split}"
-        self.num_classes = getattr(label, "num_classes", None) or 0
-        self.label_names = tuple(getattr(label, "names", ()))
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def fingerprint(self) -> str:
-        return _sha256([f"{self.name}\0{len(self)}".encode()])
-
-    def id(self, index: int) -> str:
-        return f"{self.name}/{index}"
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        record = self._records[index]
-        return decode_rgb(record["image"]), int(record["label"]) if self.num_classes else 0
-
-    def captions(self, index: int) -> Sequence[str]:
-        return ()
-
-
-def _tfds_builder(name: str, data_dir: str | None) -> Any:
-    import tensorflow_datasets as tfds
-
-    folder = pathlib.Path(os.path.expanduser(name))
-    if (folder / "dataset_info.json").is_file():
-        return tfds.builder_from_directory(folder)
-    try:
-        return tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.DatasetNotFoundError, ValueError):
-        raise DataError(
-            f"--source names tfds:{name}, which is neither a TFDS dataset nor a folder with dataset_info.json"
-        ) from None
-
-
-def _sha256(parts: Iterable[bytes]) -> str:
+def sha256(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

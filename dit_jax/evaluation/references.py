@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from dit_jax.config import ConfigError
 from dit_jax.data import digits
+from dit_jax.data.folders import FolderSource
 from dit_jax.data.metadata import METADATA_FILE
-from dit_jax.data.sources import FolderSource, open_source
+from dit_jax.data.sources import open_source
 from dit_jax.evaluation.features import STATISTICS, FeatureExtractor
 from dit_jax.evaluation.pictures import Pictures, array_pictures, dataset_pictures, source_pictures
 from dit_jax.evaluation.statistics import RunningStatistics

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 import pickle
 
 import jax
@@ -10,10 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image
 
+from dit_jax.commands import prepare as prepare_command
 from dit_jax.conditions import TextCondition, byte_tokens
 from dit_jax.config import Config, ConfigError, DataConfig, ModelConfig
 from dit_jax.config.text import TextConfig
+from dit_jax.data import digits_text, inspection
 from dit_jax.data.captions import caption_words
 from dit_jax.data.embed import Embedder
 from dit_jax.data.encode import prepare
@@ -21,7 +25,7 @@ from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import batch_indices, batches, check_memory
 from dit_jax.data.metadata import DataError, LatentMetadata, StoredText
 from dit_jax.data.records import Captions, serialize, tfds_features
-from dit_jax.text.encoders import Embedded
+from dit_jax.text.encoders import Embedded, open_encoder
 
 COUNT, CHANNELS, POOLED, LENGTH = 50, 6, 5, 8
 BYTES = TextCondition("bytes", 16)
@@ -302,3 +306,108 @@ def test_processes_and_workers_change_nothing(source, fake_encoder, embedded, tm
         made(source, fake_encoder(), tmp_path / "set", process_index=index, **options)
     for file in sorted(embedded.iterdir()):
         assert file.read_bytes() == (tmp_path / "set" / file.name).read_bytes(), file.name
+
+
+# --------------------------------------------------------------------------------------- the command
+
+
+def shapes(folder, count=5):
+    """A folder of pictures, of the third two captions."""
+    folder.mkdir()
+    for i in range(count):
+        image = np.random.default_rng(i).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cat\ntwo" if i == 2 else f"dog {i}, left of a cat")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_embeds_inspects_and_goes_on(sd3_folder, tmp_path, monkeypatch, capsys):
+    """Broken off in the middle; the same command finishes it, equal to the byte."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the command adds to it
+    options = [
+        "--source", f"folder:{shapes(tmp_path / 'pictures')}", "--vae", "digits", "--image-size", "32",
+        "--shard-size", "2", "--batch-size", "1", "--workers", "0", "--text-encoder", "sd3", str(sd3_folder),
+        "--text-length", "85", "--text-dtype", "float16", "--no-mirrors",
+    ]  # fmt: skip
+
+    def prepared(name, code=0):
+        assert prepare_command.main("prepare.py", ["--out", str(tmp_path / name), *options]) == code
+        return tmp_path / name
+
+    whole = prepared("whole")
+    said = capsys.readouterr().out
+    assert "captions: 6, 1.2 a record, embedded by sd3, weights" in said
+    assert "85.0 of at most 85 tokens, 48 channels and 40 pooled, float16" in said
+    encode, calls = Embedder.captions, []
+
+    def failing(self, examples):
+        calls.append(len(examples))
+        if len(calls) == 4:
+            raise DataError("power cut")
+        return encode(self, examples)
+
+    monkeypatch.setattr(Embedder, "captions", failing)
+    prepared("broken", code=2)
+    broken = prepared("broken")
+    for file in sorted(whole.iterdir()):
+        assert file.read_bytes() == (broken / file.name).read_bytes(), file.name
+    condition = LatentDataset(whole).metadata.text.condition
+    sd3 = open_encoder("sd3", 85, str(sd3_folder)).encode(["a cat"])[0]
+    found = LatentDataset(whole, condition=condition).read([2])
+    np.testing.assert_allclose(found["context"][0], sd3.tokens, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(found["pooled"][0], sd3.pooled, rtol=2e-3, atol=2e-3)
+
+    sheet = tmp_path / "sheet.png"
+    capsys.readouterr()
+    assert prepare_command.main("prepare.py", ["inspect", str(whole), "--out", str(sheet)]) == 0
+    assert "every record is as the metadata says" in capsys.readouterr().out
+    assert np.asarray(Image.open(sheet)).shape[2] == 3
+    options[-1:] = ["--mirrors"]
+    assert prepare_command.main("prepare.py", ["--out", str(whole), *options]) == 2
+    assert "with mirrors False, but this run has True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--source", "digits", "--text-encoder", "sd3"], "--text-encoder is sd3, but digits/train has no captions"),
+        (["--source", "digits-text", "--text-length", "3"], "--text-length is 3, but --text-encoder stores words"),
+        (["--source", "digits-text", "--text-encoder", "a", "b", "c"], "--text-encoder is a b c; expected an"),
+        (["--source", "digits-text", "--mirrors"], "a mirrored digit is none"),
+        (["--source", "digits-text", "--captions", "none", "--text-encoder", "sd3"], "has no captions"),
+        (["--source", "digits-text", "--text-encoder", "/nowhere"], "--text-encoder: the text encoder '/nowhere'"),
+    ],
+)  # fmt: skip
+def test_options_that_contradict_are_one_sentence(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(digits_text, "TRAINING_PICTURES", 4)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    given = [
+        "--out",
+        str(tmp_path / "set"),
+        "--vae",
+        "digits",
+        "--image-size",
+        "72",
+        "--no-mirrors",
+        *options,
+    ]
+    assert prepare_command.main("prepare.py", given) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "set").exists()
+
+
+def test_check_sees_captions_that_are_not_as_they_should_be(embedded, tmp_path, monkeypatch):
+    inspection.check(LatentDataset(embedded))
+    dataset = LatentDataset(embedded)
+    for change in ({"captions": 3}, {"caption_tokens": 5}):
+        dataset.metadata = dataclasses.replace(LatentDataset(embedded).metadata, **change)
+        with pytest.raises(
+            DataError, match=r"metadata.json counts .* captions of .* tokens, but its records"
+        ):
+            inspection.check(dataset)
+    text = dataclasses.replace(dataset.metadata.text, channels=CHANNELS + 1)
+    dataset.metadata = dataclasses.replace(dataset.metadata, text=text)
+    with pytest.raises(DataError, match=r"record 0: a record has \d+ bytes of embeddings; expected"):
+        inspection.check(dataset)

@@ -74,7 +74,7 @@ def merged(params: Mapping[str, Any], config: LoraConfig) -> Params:
 
 def only_lora(new: Any, old: Any) -> Any:
     """Parameters of which nothing but `lora/`, where there is one, has moved from `old`; the rest to the bit."""
-    return {**old, LORA: new[LORA]} if LORA in old else new
+    return {**old, LORA: new[LORA]} if isinstance(old, dict) and LORA in old else new
 
 
 def frozen_but_lora(params: Any) -> Any:

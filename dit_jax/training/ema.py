@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dit_jax.config import OptimConfig
+from dit_jax.models.lora import only_lora
 from dit_jax.runs.averages import sigma_rel_to_gamma
 
 
@@ -32,5 +33,5 @@ def decays(config: OptimConfig, updates: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def update(average: Any, params: Any, rate: jax.Array) -> Any:
-    """(1 - rate) * average + rate * params."""
-    return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)
+    """(1 - rate) * average + rate * params, of those that are trained."""
+    return only_lora(jax.tree.map(lambda a, p: a + rate * (p - a), average, params), average)

@@ -240,9 +240,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = only_lora(optax.apply_updates(params, updates), params)
             rates = ema.rates(config.optim, updates_done)
-            averages = tuple(
-                only_lora(ema.update(a, params, rate), a) for a, rate in zip(averages, rates, strict=True)
-            )
+            averages = tuple(ema.update(a, params, rate) for a, rate in zip(averages, rates, strict=True))
             return params, opt_state, averages
 
         new = update_if(finite, update, (state.params, state.opt_state, state.ema))

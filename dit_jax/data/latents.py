@@ -24,13 +24,16 @@ from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, shar
 from dit_jax.data.records import features_of
 from dit_jax.processes import on_lead
 
+MANY = 4096  # shards, of which each would be asked for its size at the start
+
 
 class LatentDataset:
     """Random access to the records of a prepared dataset; safe to read from many threads.
 
     directory: a finished dataset. mirror: read the mirror image's moments too where they are stored. condition: what
     is read beside them (None: the labels), which the records must hold.
-    Raises DataError where the folder holds no finished dataset or a shard is missing or of another size.
+    Raises DataError where the folder holds no finished dataset or a shard is missing or of another size; of more than
+    MANY shards the size is looked at when one is opened.
     """
 
     def __init__(
@@ -44,13 +47,7 @@ class LatentDataset:
         m = self.metadata
         self.condition: AnyCondition = condition or m.condition
         self.conditions = Reader(self.condition, m)
-        self.shards = [self.directory / shard_name(i, m.num_shards) for i in range(m.num_shards)]
-        for shard, size in zip(self.shards, m.shard_bytes, strict=True):
-            found = shard.stat().st_size if shard.is_file() else "no file"
-            if found != size:
-                raise DataError(
-                    f"{shard} has {found} bytes; metadata.json says {size}: prepare the dataset again"
-                )
+        self._check_shards()
         self._ends = np.cumsum(m.shard_counts)
         self._reader = _readers()
         self._views = m.moments_shape[0] if mirror else 1
@@ -61,6 +58,31 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.metadata.count
+
+    def shard(self, number: int) -> pathlib.Path:
+        """The file of a shard."""
+        return self.directory / shard_name(number, self.metadata.num_shards)
+
+    @property
+    def shards(self) -> list[pathlib.Path]:
+        """The files of all shards."""
+        return [self.shard(number) for number in range(self.metadata.num_shards)]
+
+    def _check_shards(self) -> None:
+        """Raises DataError for a shard that is missing or of another size; of many shards, whose size is looked at
+        when they are opened, for one that is missing."""
+        many = self.metadata.num_shards > MANY
+        there = set(os.listdir(self.directory)) if many else set()
+        for number, size in enumerate(self.metadata.shard_bytes):
+            if many:
+                if shard_name(number, self.metadata.num_shards) in there:
+                    continue
+                found: object = "no file"
+            else:
+                shard = self.shard(number)
+                found = shard.stat().st_size if shard.is_file() else "no file"
+            if found != size:
+                raise DataError(f"{self.shard(number)} {_other_size(found, size)}: prepare the dataset again")
 
     def __repr__(self) -> str:
         return f"LatentDataset({str(self.directory)!r}, {len(self)} records)"
@@ -150,9 +172,9 @@ class LatentDataset:
     def records(self, rows: np.ndarray) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(place in rows, features of the record), shard by shard."""
         order = np.argsort(rows, kind="stable")  # by shard, and forwards within each
-        bounds = np.searchsorted(rows[order], np.concatenate([[0], self._ends]))
-        for shard in np.flatnonzero(np.diff(bounds)).tolist():
-            where = order[bounds[shard] : bounds[shard + 1]]
+        of_shard = np.searchsorted(self._ends, rows[order], side="right")
+        for shard in np.unique(of_shard).tolist():
+            where = order[of_shard == shard]
             first = self._ends[shard] - self.metadata.shard_counts[shard]
             records = self._read_shard(shard, rows[where] - first)
             for row, record in zip(where.tolist(), records, strict=True):
@@ -160,13 +182,14 @@ class LatentDataset:
 
     def _read_shard(self, shard: int, positions: np.ndarray) -> Iterator[bytes]:
         """The records at these positions, one after the other: with embeddings they are large."""
+        file, size = os.fspath(self.shard(shard)), self.metadata.shard_bytes[shard]
         for at in positions.tolist():
             try:
                 # One range per record costs a third of the CPU time of one list of positions, which wakes the
                 # library's thread pool for each; the loader's threads read in parallel anyway.
-                (record,) = self._reader(os.fspath(self.shards[shard])).read(at, at + 1)
-            except (ValueError, RuntimeError, IndexError) as error:
-                raise DataError(f"{self.shards[shard]} cannot be read: {error}") from None
+                (record,) = self._reader(file, size).read(at, at + 1)
+            except (OSError, ValueError, RuntimeError, IndexError) as error:
+                raise DataError(f"{file} cannot be read: {error}") from None
             yield record
 
     def __getstate__(self) -> dict:
@@ -176,7 +199,7 @@ class LatentDataset:
         self.__dict__.update(state, _reader=_readers())
 
 
-def _readers() -> Callable[[str], Any]:
+def _readers() -> Callable[[str, int], Any]:
     """A function that gives a file's open reader, the same one to all threads.
 
     No more stay open than half of the files that this process may open; the one unused for longest goes first. Its
@@ -186,7 +209,15 @@ def _readers() -> Callable[[str], Any]:
     return functools.lru_cache(max(1, files // 2) if files != resource.RLIM_INFINITY else None)(_open)
 
 
-def _open(file: str) -> Any:
+def _other_size(found: object, size: int) -> str:
+    return f"has {found} bytes; metadata.json says {size}"
+
+
+def _open(file: str, size: int) -> Any:
+    """A reader of a file, which must be of this size."""
+    found = os.stat(file).st_size
+    if found != size:
+        raise ValueError(f"it {_other_size(found, size)}")
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=32768)

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dit_jax.config import Config
 from dit_jax.config.check import profiled_steps
 from dit_jax.data.latents import LatentDataset, open_dataset
-from dit_jax.data.loader import batches, check_memory
+from dit_jax.data.loader import Batch, batches, check_memory, order_kind
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import check_folder
 from dit_jax.processes import on_lead
@@ -73,13 +73,19 @@ def train(config: Config) -> TrainState:
     check_room(config, program)
     on_lead(lambda: check_outputs(config, metadata))
     ruler = ruler_of(config, metadata)
-    meta = meta_of(config, dataset_fingerprint(metadata))
+    meta = meta_of(config, dataset_fingerprint(metadata)) | {"order": order_kind(len(dataset))}
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(workdir))
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.train.keep, config.train.milestone_every)
         )
-        state = checkpoints.restore(program.state, check_meta(config, meta["dataset"], checkpoints.directory))
+        same = check_meta(config, meta["dataset"], checkpoints.directory)
+
+        def check(saved: dict[str, Any]) -> None:
+            same(saved)
+            meta["order"] = saved.get("order", "sorted")  # a run keeps the order that it began with
+
+        state = checkpoints.restore(program.state, check)
         if state is None:
             state = first_state(config, program, metadata.label_names)
         else:
@@ -148,10 +154,7 @@ class Run:
         """Train from `state` to the last step, a request to stop, or too many bad updates in a row."""
         config, t, step = self.config, self.config.train, int(state.step)
         first = step + int(state.data_offset)
-        sharding = batch_sharding(self.mesh)
-        data = batches(
-            self.dataset, t.batch_size, t.seed, first, sharding, config.data.cache, config.data.workers
-        )
+        data = self.data(first)
         bar = tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
         clock = Throughput(config, self.mesh.size)
         # Once a line, not once a step: it reads all parameters.
@@ -204,6 +207,12 @@ class Run:
                 if not last and self.stops(state, step, loss):
                     break
         return state
+
+    def data(self, first: int) -> Generator[Batch]:
+        """Batches from this one on, in the order with which the run began."""
+        t, d = self.config.train, self.config.data
+        split, order = batch_sharding(self.mesh), self.meta["order"]
+        return batches(self.dataset, t.batch_size, t.seed, first, split, d.cache, d.workers, order)
 
     def stops(self, state: TrainState, step: int, loss: float | None) -> bool:
         """Whether a signal has asked the run to stop; this step is saved then."""

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from dit_jax.conditions import TextCondition
+from dit_jax.data.captions import caption_words
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset
 from dit_jax.data.loader import batch_indices
@@ -19,6 +21,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 port, rank, folder, out = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from dit_jax.conditions import TextCondition
 from dit_jax.config import ConfigError
 from dit_jax.data import latents, loader
 from dit_jax.data.loader import batches
@@ -26,11 +29,11 @@ from dit_jax.data.loader import batches
 # Interleaved devices: the rows of a process are not contiguous.
 devices = np.array(jax.devices()).reshape(2, 4).T.reshape(-1)
 sharding = NamedSharding(Mesh(devices, ("data",)), PartitionSpec("data"))
-dataset = latents.LatentDataset(folder)
-read, asked = dataset.read, []
-dataset.read = lambda rows: asked.append(len(rows)) or read(rows)
-found = {}
-for cache in ("none", "ram", "device"):
+asked, found = [], {}
+for cache, text in itertools.product(("none", "ram", "device"), (False, True)):
+    dataset = latents.LatentDataset(folder, condition=TextCondition("bytes", 16) if text else None)
+    read = dataset.read
+    dataset.read = lambda rows, *words: asked.append(len(rows)) or read(rows, *words)
     with contextlib.closing(batches(dataset, 16, 3, 5, sharding, cache)) as stream:
         for step, batch in enumerate(itertools.islice(stream, 3)):
             for name, value in batch.items():
@@ -56,9 +59,10 @@ except ConfigError as error:
 
 @pytest.mark.slow
 def test_two_processes_hold_the_rows_of_one(random_source, fake_encoder, tmp_path):
-    prepare(
-        random_source(count=50), fake_encoder(), tmp_path / "set", image_size=16, shard_size=16, batch_size=1
-    )
+    source = random_source(count=50)
+    source._captions = [[f"{i}.{k}" for k in range(1 + i % 4)] for i in range(50)]
+    source.has_captions = True
+    prepare(source, fake_encoder(), tmp_path / "set", image_size=16, shard_size=16, batch_size=1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -78,8 +82,10 @@ def test_two_processes_hold_the_rows_of_one(random_source, fake_encoder, tmp_pat
     assert not parts[0].keys() & parts[1].keys()
     found = parts[0] | parts[1]
     dataset = LatentDataset(tmp_path / "set")
+    captioned = LatentDataset(tmp_path / "set", condition=TextCondition("bytes", 16))
     for step in range(3):
-        expected = dataset.read(batch_indices(3, 5 + step, 16, 50))
+        rows = batch_indices(3, 5 + step, 16, 50)
+        expected = dataset.read(rows) | captioned.read(rows, caption_words(3, 5 + step, 16))
         for cache in ("none", "ram", "device"):
             for name, value in expected.items():
                 rows = np.stack([found[f"{cache}/{step}/{name}/{row}"] for row in range(16)])

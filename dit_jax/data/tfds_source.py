@@ -72,19 +72,12 @@ class TfdsSource:
     def captions(self, index: int) -> Sequence[str]:
         found: Any = self._records[index]
         for part in self._caption_path:
-            found = _part(found, part)
+            found = found[part]  # of a sequence of features TFDS gives a dict of sequences
         values = np.ravel(np.asarray(found, object)).tolist()
         try:
             return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
         except UnicodeDecodeError:
             raise BadImageError("its caption is no text that is UTF-8") from None
-
-
-def _part(found: Any, name: str) -> Any:
-    """A feature of a record, or of each element of a sequence of features, however TFDS gives it."""
-    if isinstance(found, dict):
-        return found[name]
-    return [element[name] for element in found]
 
 
 def _check_captions(name: str, features: dict[str, Any], field: str) -> None:

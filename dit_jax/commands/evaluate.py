@@ -15,7 +15,7 @@ from dit_jax.evaluation.options import CompareArgs
 
 @dataclass(frozen=True)
 class EvaluateArgs(CompareArgs):
-    """Measure samples against a reference, the digits run's against the real digits without one, or the likelihood of
+    """Measure samples against a reference, the digits runs' by a referee of digits without one, or the likelihood of
     latents under any run."""
 
     npz: str = "runs/digits/samples.npz"
@@ -107,7 +107,9 @@ def _measured(o: EvaluateArgs) -> str:
             o.npz, o.reference, o.features, o.inception, o.convention, o.split, o.vae, o.out
         )
         return found.table()
-    from dit_jax.evaluation import digits
-    from dit_jax.evaluation.samples import load_samples
+    from dit_jax.evaluation import digits, digits_text
+    from dit_jax.evaluation.samples import load_pictures, load_prompts, load_provenance, load_samples
 
+    if load_provenance(o.npz).prompts:
+        return digits_text.report(load_pictures(o.npz)[0], load_prompts(o.npz))
     return digits.report(*load_samples(o.npz))

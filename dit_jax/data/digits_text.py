@@ -15,7 +15,7 @@ import numpy as np
 from dit_jax.data import digits
 from dit_jax.data.digits import NUM_CLASSES, Split
 
-SIZE = 72  # side of a picture: two digits of 32 and between them a gap of 8
+SIZE = 64  # side of a picture: two digits of 32, each on whole patches of 16 pixels in either relation
 FAR = SIZE - digits.SIZE
 MIDDLE = FAR // 2
 LEFT, ABOVE = 0, 1
@@ -38,7 +38,7 @@ class Pictures(NamedTuple):
     """Pictures with their captions and facts."""
 
     images: np.ndarray
-    """(N, 72, 72, 3) uint8, white on black."""
+    """(N, 64, 64, 3) uint8, white on black."""
     captions: list[tuple[str, ...]]
     """CAPTIONS of each picture."""
     facts: np.ndarray
@@ -112,7 +112,7 @@ def places(relation: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def crops(images: np.ndarray, relations: np.ndarray) -> np.ndarray:
-    """What stands at the two places of pictures (N, 72, 72, 3): (N, 2, 32, 32, 3)."""
+    """What stands at the two places of pictures (N, 64, 64, 3): (N, 2, 32, 32, 3)."""
     side = digits.SIZE
     if images.shape[1:3] != (SIZE, SIZE) or len(images) != len(relations):
         raise ValueError(

@@ -291,7 +291,7 @@ def check_dataset(metadata: LatentMetadata, config: Config) -> None:
             )
 
 
-EMBEDDED = {"digits": 32, "digits-text": 72}
+EMBEDDED = {"digits": 32, "digits-text": 64}
 """Sources that ship along, which are prepared at first use: side of the pictures."""
 
 

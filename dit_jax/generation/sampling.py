@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -331,11 +331,16 @@ def write_sample_grid(
     params: Any,
     metadata: LatentMetadata,
     mesh: Mesh,
+    examples: tuple[Condition, Sequence[str]] | None = None,
 ) -> None:
-    """The grid of samples that a run writes at intervals: the same samples each time, so that progress shows."""
+    """The grid of samples that a run writes at intervals: the same samples each time, so that progress shows.
+
+    examples: `train.sample_count` conditions, and the captions that stand under their pictures, if there are any
+    (None: the conditions that show them all).
+    """
     t, kind, params = config.train, model.condition, merged(params, config.lora)
     decoder = load_decoder(metadata, config.data.vae or None) if jax.process_index() == 0 else None
-    condition = kind.in_turn(t.sample_count)
+    condition, captions = examples or (kind.in_turn(t.sample_count), ())
     images = generate_images(model, params, config, watching(config, model), condition, decoder, mesh, t.seed)
     if decoder is not None:
-        save_grid(path, images)
+        save_grid(path, images, captions=captions or None)

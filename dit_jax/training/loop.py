@@ -15,6 +15,7 @@ import optax
 import tqdm
 from jax.sharding import Mesh
 
+from dit_jax.conditions import Condition, LabelCondition
 from dit_jax.config import Config
 from dit_jax.config.check import profiled_steps
 from dit_jax.data.latents import LatentDataset, open_dataset
@@ -240,8 +241,16 @@ class Run:
             write_sample_grid(
                 self.workdir / "samples" / f"{step:07d}.png",
                 config=self.config, model=self.program.model, params=state.ema[0],
-                metadata=self.dataset.metadata, mesh=self.mesh,
+                metadata=self.dataset.metadata, mesh=self.mesh, examples=self.examples(),
             )  # fmt: skip
+
+    def examples(self) -> tuple[Condition, list[str]] | None:
+        """Conditions of the dataset for a grid, with their captions; None for labels, which are shown in turn."""
+        kind = self.program.model.condition
+        if isinstance(kind, LabelCondition):
+            return None
+        condition, captions = self.dataset.examples(self.config.train.sample_count)
+        return kind.of(condition), captions
 
     def evaluate(self, state: TrainState, step: int, log: MetricsLog) -> None:
         """Measure the averaged weights of this step, as a line of the log."""

@@ -56,7 +56,7 @@ def test_captions_say_what_the_picture_shows():
 
 def test_pictures_hold_real_digits_of_their_split_at_their_places():
     made = make(200, 5, "test")
-    assert made.images.shape == (200, 72, 72, 3) and made.images.dtype == np.uint8
+    assert made.images.shape == (200, 64, 64, 3) and made.images.dtype == np.uint8
     real, labels = digits.load_digits("test")
     at = {image.tobytes(): label for image, label in zip(real, labels, strict=True)}
     found = [[at[crop.tobytes()] for crop in pair] for pair in crops(made.images, made.facts[:, 2])]
@@ -88,18 +88,18 @@ def test_they_are_fixed_by_the_seed_for_good():
 
 def test_wrong_pictures_are_refused():
     with pytest.raises(
-        ValueError, match=r"shape \(1, 64, 64, 3\) with 1 relations; expected \(N, 72, 72, 3\)"
+        ValueError, match=r"shape \(1, 72, 72, 3\) with 1 relations; expected \(N, 64, 64, 3\)"
     ):
-        crops(np.zeros((1, 64, 64, 3), np.uint8), np.zeros(1, int))
+        crops(np.zeros((1, 72, 72, 3), np.uint8), np.zeros(1, int))
 
 
 def test_they_are_prepared_at_first_use(monkeypatch, tmp_path):
     monkeypatch.setattr(digits_text, "TRAINING_PICTURES", 12)
-    model = ModelConfig(input_size=(18, 18), in_channels=4)
+    model = ModelConfig(input_size=(16, 16), in_channels=4)
     data = DataConfig(dir=str(tmp_path / "set"), source="digits-text", mirror=False)
     config = Config(model=model, data=data, text=TextConfig(encoder="bytes", length=32))
     dataset = open_dataset(config)
-    assert len(dataset) == 12 and dataset.record_shape == (1, 18, 18, 8)
+    assert len(dataset) == 12 and dataset.record_shape == (1, 16, 16, 8)
     made = make(12, 0, "train")
     assert dataset.captions(range(12)) == made.captions
     condition, captions = dataset.examples(4)

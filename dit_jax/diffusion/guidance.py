@@ -5,13 +5,15 @@ With w the scale at a sample's time:
     weaker + w (stronger - weaker)
 
 Classifier-free guidance (arXiv 2207.12598, eq. 6): the weaker one is the network without its condition. Autoguidance
-(Karras et al., arXiv 2406.02507, eq. 4): it is another network, smaller or trained for less long.
+(Karras et al., arXiv 2406.02507, eq. 4): it is another network, smaller or trained for less long. Skip-layer guidance
+(of Stable Diffusion 3.5 medium) adds s (stronger - skipping), the last being the network without a few of its layers.
 
 B batch, H height, W width, C channels of the latent.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,8 +39,19 @@ SCHEDULES: dict[str, Schedule | None] = {
 
 
 @dataclass(frozen=True)
+class Skipping:
+    """Skip-layer guidance: the network without a few layers, the scale, and the times, lowest and highest as the
+    network is shown them, that have it."""
+
+    network: Network
+    scale: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Guided:
-    """A denoise_fn with guidance. Where its interval is known not to hold, a loop may call `unguided` instead."""
+    """A denoise_fn with guidance. Where its interval is known not to hold, a loop may call `unguided` instead, which
+    may have guidance of another interval."""
 
     guided: DenoiseFn
     unguided: DenoiseFn
@@ -67,6 +80,7 @@ def classifier_free_guidance(
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
     schedule: Schedule | None = None,
+    skipping: Skipping | None = None,
 ) -> DenoiseFn:
     """Guidance by the network without its condition, in one forward pass over a batch of 2B.
 
@@ -80,6 +94,7 @@ def classifier_free_guidance(
     rescale: share, 0 to 1, of an output with the conditional one's standard deviation over pixels and guided
         channels: large scales otherwise raise contrast (Lin et al., arXiv 2305.08891, section 3.4).
     schedule: the scale over time; None: constant.
+    skipping: skip-layer guidance beside it.
 
     Raises ValueError when shapes or numbers do not fit.
     """
@@ -98,7 +113,7 @@ def classifier_free_guidance(
         pairs = both.reshape(-1, 2, *both.shape[1:])
         return pairs[:, 0], pairs[:, 1]
 
-    return how.applied(conditional, halves)
+    return how.applied(conditional, halves, _skipping(skipping, y))
 
 
 def autoguidance(
@@ -110,6 +125,7 @@ def autoguidance(
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
     schedule: Schedule | None = None,
+    skipping: Skipping | None = None,
 ) -> DenoiseFn:
     """Guidance by a weaker network of the same condition; arguments as of `classifier_free_guidance`."""
     how = _checked(scale, channels, interval, rescale, schedule)
@@ -118,7 +134,18 @@ def autoguidance(
     def stronger(x: Array, t: Array) -> Array:
         return denoise_fn(x, t, y)
 
-    return how.applied(stronger, lambda x, t: (stronger(x, t), weaker(x, t, y)))
+    both = lambda x, t: (stronger(x, t), weaker(x, t, y))  # noqa: E731
+    return how.applied(stronger, both, _skipping(skipping, y))
+
+
+def _skipping(skipping: Skipping | None, y: Any) -> Skips | None:
+    """The same of a network that is told its condition."""
+    if skipping is None:
+        return None
+    return (lambda x, t: skipping.network(x, t, y)), skipping.scale, skipping.interval
+
+
+Skips = tuple[DenoiseFn, float, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -131,25 +158,37 @@ class _How:
     rescale: float
     schedule: Schedule | None
 
-    def applied(self, unguided: DenoiseFn, both: Callable[[Array, Array], tuple[Array, Array]]) -> DenoiseFn:
-        """A denoise_fn from that of the stronger output, and that of (stronger, weaker)."""
+    def applied(
+        self,
+        unguided: DenoiseFn,
+        both: Callable[[Array, Array], tuple[Array, Array]],
+        skips: Skips | None = None,
+    ) -> DenoiseFn:
+        """A denoise_fn from that of the stronger output, that of (stronger, weaker), and skip-layer guidance."""
         if isinstance(self.scale, int | float | np.number) and self.scale == 1:
-            return unguided
+            plain, pair = unguided, lambda x, t: (unguided(x, t),) * 2
+        else:
+            plain, pair = Guided(functools.partial(self._guided, both, None), unguided, self.interval), both
+        if skips is None:
+            return plain
+        return Guided(functools.partial(self._guided, pair, skips), plain, skips[2])
 
-        def guided(x: Array, t: Array) -> Array:
-            count = x.shape[-1] if self.channels == "all" else self.channels
-            if count > x.shape[-1]:
-                raise ValueError(f"channels is {count}; expected at most the {x.shape[-1]} channels of x")
-            stronger, weaker = both(x, t)
-            weight = self._weight(t).reshape((-1,) + (1,) * (x.ndim - 1))
-            part = weaker[..., :count] + weight * (stronger[..., :count] - weaker[..., :count])
-            if self.rescale:
-                part = part * (
-                    1 - self.rescale + self.rescale * _spread(stronger[..., :count]) / _spread(part)
-                )
-            return jnp.concatenate([part, stronger[..., count:].astype(part.dtype)], axis=-1)
-
-        return Guided(guided, unguided, self.interval)
+    def _guided(
+        self, both: Callable[[Array, Array], tuple[Array, Array]], skips: Skips | None, x: Array, t: Array
+    ) -> Array:
+        count = x.shape[-1] if self.channels == "all" else self.channels
+        if count > x.shape[-1]:
+            raise ValueError(f"channels is {count}; expected at most the {x.shape[-1]} channels of x")
+        stronger, weaker = both(x, t)
+        weight = _per_sample(self._weight(t), x)
+        part = weaker[..., :count] + weight * (stronger[..., :count] - weaker[..., :count])
+        if skips is not None:
+            network, scale, (low, high) = skips
+            share = _per_sample(jnp.where((t >= low) & (t <= high), scale, 0.0), x)
+            part = part + share * (stronger[..., :count] - network(x, t)[..., :count])
+        if self.rescale:
+            part = part * (1 - self.rescale + self.rescale * _spread(stronger[..., :count]) / _spread(part))
+        return jnp.concatenate([part, stronger[..., count:].astype(part.dtype)], axis=-1)
 
     def _weight(self, t: Array) -> Array:
         """The scale of each sample at its timestep, (B,) float32."""
@@ -180,6 +219,11 @@ def _condition(y: Any, scale: Any) -> tuple[Any, int]:
         shown = ", ".join(map(str, shapes))
         raise ValueError(f"y has shape {shown} and scale {np.shape(scale)}; expected (B,), and () or (B,)")
     return y, shapes[0][0]
+
+
+def _per_sample(values: Array, like: Array) -> Array:
+    """Values (B,), shaped to multiply an array (B, ...)."""
+    return values.reshape((-1,) + (1,) * (like.ndim - 1))
 
 
 def _spread(x: Array) -> Array:

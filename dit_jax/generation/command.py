@@ -220,10 +220,12 @@ def networks(
 
 def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int, asked: Asked) -> Provenance:
     """Where samples of these options come from."""
-    guidance = {
+    guidance: dict[str, Any] = {
         "scale": options.cfg_scale, "channels": options.channels, "interval": options.interval,
         "rescale": options.rescale, "schedule": options.schedule, "by": args.guide_workdir,
     }  # fmt: skip
+    if options.skip_layers:
+        guidance["skip_layers"] = [list(options.skip_layers), options.skip_scale, options.skip_interval]
     sampler = options.choice(create_process(run.config.diffusion)).sampler
     return Provenance(
         run.place,
@@ -249,6 +251,8 @@ def recipe(args: DrawArgs, run: Run, steps: dict[str, Any], asked: Asked) -> dic
     if run.weights is not None:
         of_files = run.weights.digest()[:12]
     decides = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DECIDING}
+    if not args.skip_layers:
+        decides = {name: value for name, value in decides.items() if not name.startswith("skip_layer")}
     return decides | folders | steps | {
         "checkpoint": of_files, "autoencoder": run.metadata.vae_hash[:12], "dtype": run.config.compute.dtype,
         "prompts": list(asked.captions) or None, "text_encoder": asked.fingerprint[:12] or None,

@@ -25,7 +25,7 @@ from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import FLOAT32_MOST
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.diffusion.create import create_process
-from dit_jax.diffusion.guidance import SCHEDULES, autoguidance, classifier_free_guidance
+from dit_jax.diffusion.guidance import SCHEDULES, Skipping, autoguidance, classifier_free_guidance
 from dit_jax.diffusion.process import DenoiseFn, Network, Process
 from dit_jax.diffusion.samplers import sample_keys, start_noise
 from dit_jax.generation.decoding import Decoder, check_decoder, load_decoder
@@ -58,7 +58,8 @@ class SamplingOptions:
 
     Attributes: `sampler` a name in `dit_jax.samplers.table`, None for the process's default; `channels`, `interval`
     and `rescale` as in `classifier_free_guidance`, `schedule` a name in `guidance.SCHEDULES`; `eta` is DDIM's; `grid`
-    and `grid_shift` as in `Choice`.
+    and `grid_shift` as in `Choice`; `skip_layers` are blocks, counted from 0, without which the network guides as
+    well, at `skip_scale` and in the steps of which `skip_interval` names the shares of all.
     """
 
     sampler: str | None = None
@@ -71,10 +72,14 @@ class SamplingOptions:
     grid_shift: float = 3.0
     rescale: float = 0.0
     schedule: str = "constant"
+    skip_layers: tuple[int, ...] = ()
+    skip_scale: float = 2.5
+    skip_interval: tuple[float, float] = (0.01, 0.2)
 
     def guided(
-        self, process: Process, kind: AnyCondition, told: Told, network: Network, guide: Network | None
-    ) -> DenoiseFn:
+        self, process: Process, kind: AnyCondition, told: Told, network: Network, guide: Network | None,
+        without_layers: Network | None = None,
+    ) -> DenoiseFn:  # fmt: skip
         """The network of these samples, drawn away from `guide`, or from itself without a condition."""
         condition, null = told
         share = SCHEDULES[self.schedule]
@@ -82,11 +87,28 @@ class SamplingOptions:
             "scale": self.cfg_scale, "channels": self.channels, "interval": self.interval, "rescale": self.rescale,
             "schedule": share and (lambda shown: share(process.shown_noise_level(shown))),
         }  # fmt: skip
+        if without_layers is not None and (times := self._skip_times(process)) is not None:
+            how["skipping"] = Skipping(without_layers, self.skip_scale, times)
         if guide is not None:
             return autoguidance(network, guide, kind.tree(condition), **how)
         return classifier_free_guidance(
             network, kind.tree(condition), kind.null if null is None else null, **how
         )
+
+    def _skip_times(self, process: Process) -> tuple[float, float] | None:
+        """Lowest and highest time, as the network is shown it, with skip-layer guidance; None if no step has it."""
+        course, _, times = plan(process, self.choice(process))
+        assert times is not None  # as `check_sampling` has seen
+        steps, (first, last) = np.arange(len(times) - 1), self.skip_interval
+        there = (steps > first * len(steps)) & (steps < last * len(steps))
+        if not there.any():
+            return None
+        shown = course.shown(times).astype(np.float64)
+        found, others = shown[:-1][there], np.append(shown[:-1][~there], shown[-1:])
+        # Half way to the next step that has it not: a time is rounded otherwise in the loop.
+        below, above = others[others < found.min()], others[others > found.max()]
+        low = (found.min() + below.max()) / 2 if below.size else found.min() - 1
+        return float(low), float((found.max() + above.min()) / 2 if above.size else found.max() + 1)
 
     def choice(self, process: Process) -> Choice:
         """What a sampler of this process is told."""
@@ -127,7 +149,8 @@ def guided_network(
 
     of_model, of_guide = (params, None) if guide is None else params
     weaker = guide and network_of(guide, of_guide)
-    return options.guided(process, model.condition, told, network_of(model, of_model), weaker)
+    skips = network_of(model.without(options.skip_layers), of_model) if options.skip_layers else None
+    return options.guided(process, model.condition, told, network_of(model, of_model), weaker, skips)
 
 
 @functools.lru_cache(maxsize=8)  # a run that draws at intervals compiles once
@@ -301,11 +324,32 @@ def check_sampling(
         raise ConfigError(
             f"--cfg-interval is {options.interval}; expected the lowest timestep first, and none beyond {2**31 - 1}"
         )
+    _check_skipping(model, process, options)
     if not 0 <= options.rescale <= 1:
         raise ConfigError(f"--cfg-rescale is {options.rescale}; expected 0 to 1")
     if options.cfg_scale != 1.0 and not kind.has_null and not by_another:
         raise ConfigError(
             f"--cfg-scale is {options.cfg_scale}; expected 1, because the model was trained without a null label"
+        )
+
+
+def _check_skipping(model: Model, process: Process, options: SamplingOptions) -> None:
+    """Raises ConfigError where skip-layer guidance does not fit the model or the sampler."""
+    if not options.skip_layers:
+        return
+    wrong = next((i for i in options.skip_layers if not 0 <= i < model.depth), None)
+    if wrong is not None:
+        raise ConfigError(f"--skip-layers names {wrong}; expected 0 to {model.depth - 1}")
+    if not abs(options.skip_scale) <= FLOAT32_MOST:
+        raise ConfigError(f"--skip-layer-scale is {options.skip_scale}; expected a finite number")
+    first, last = options.skip_interval
+    if not 0 <= first <= last <= 1:
+        raise ConfigError(
+            f"--skip-layer-interval is {first} {last}; expected two shares of the steps, 0 to 1"
+        )
+    if plan(process, options.choice(process)).times is None:
+        raise ConfigError(
+            f"--skip-layers with --sampler {options.sampler}, whose steps are its own; expected another"
         )
 
 

@@ -64,6 +64,7 @@ class DiT(OnPatches, nn.Module):
     text: TextCondition | None = None
     text_layers: int = 2
     lora: LoraConfig = LoraConfig()
+    skip_layers: tuple[int, ...] = ()
     compute: Compute = Compute()
     parts: Parts = Parts()
 
@@ -110,7 +111,7 @@ class DiT(OnPatches, nn.Module):
         if self.conditioning == "in_context" and sequence is not None:
             tokens, sequence = jnp.concatenate([tokens, sequence], axis=1), None
             mask = with_those_before(n, mask)
-        blocks = layers(Block, self.depth, compute)(
+        blocks = layers(Block, self.depth, compute, self.skip_layers)(
             self.num_heads, int(d * self.mlp_ratio), self.conditioning, compute, self.parts, name="blocks"
         )
         tokens, _ = blocks(tokens, modulation, (sequence, mask))

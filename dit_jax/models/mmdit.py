@@ -71,6 +71,7 @@ class MMDiT(OnPatches, nn.Module):
     text: TextCondition = SD3_TEXT
     text_layers: int = 2
     lora: LoraConfig = LoraConfig()
+    skip_layers: tuple[int, ...] = ()
     compute: Compute = Compute()
 
     @classmethod
@@ -128,7 +129,8 @@ class MMDiT(OnPatches, nn.Module):
                 for stream, vectors in group.vectors.items()
             }
             modulation = jax.tree.map(lambda a: a.swapaxes(0, 1), modulation)  # (L, B, vectors, D)
-            blocks = layers(JointBlock, group.count, compute)(
+            skipped = [i - group.first for i in self.skip_layers if 0 <= i - group.first < group.count]
+            blocks = layers(JointBlock, group.count, compute, skipped)(
                 self.heads, mlp_hidden, compute, self.qk_norm, group.name == "dual_blocks",
                 group.name == "last_blocks", name=group.name,
             )  # fmt: skip

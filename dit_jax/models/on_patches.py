@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
@@ -39,6 +40,10 @@ class OnPatches:
     def computed(self, **options: Any) -> Self:
         """The same network, computed with these options of `Compute`."""
         return self.clone(compute=dataclasses.replace(self.compute, **options))
+
+    def without(self, layers: Sequence[int]) -> Self:
+        """The same network, some of whose blocks, counted from 0, leave everything as it is."""
+        return self.clone(skip_layers=tuple(sorted(set(layers))))
 
     def plain(self) -> Self:
         """The same network without kernels and derivatives written by hand.

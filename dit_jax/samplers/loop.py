@@ -176,10 +176,14 @@ def segments(
     # A step asks at its start; one of several evaluations, at its end as well.
     guided = holds[:-1] | (holds[1:] & (solver.evaluations > 1))
     ends = [*(np.flatnonzero(np.diff(guided)) + 1), steps]
-    return [
-        (int(first), int(end), denoise_fn if guided[first] else denoise_fn.unguided)
-        for first, end in zip([0, *ends], ends, strict=False)
-    ]
+    parts = list[tuple[int, int, DenoiseFn]]()
+    for first, end in zip([0, *map(int, ends)], map(int, ends), strict=False):
+        if guided[first]:
+            parts.append((first, end, denoise_fn))
+        else:
+            within = segments(course, solver, denoise_fn.unguided, times[first : end + 1])
+            parts += [(first + a, first + b, network) for a, b, network in within]
+    return parts
 
 
 def evaluations_of(course: Course, solver: Solver, times: np.ndarray) -> int:

@@ -69,6 +69,19 @@ def test_a_good_request_is_stopped_by_the_missing_weights_alone(workdir):
         ({"sampler": "heun", "grid": "999,nan"}, "--grid is 999,nan; expected two"),
         ({"sampler": "heun", "grid": "shifted", "grid_shift": -1.0}, "--grid-shift is -1.0; expected"),
         ({"batch_size": 0}, "--batch-size is 0; expected 1 to"),
+        ({"skip_layers": [0, 2]}, "--skip-layers names 2; expected 0 to 1"),
+        (
+            {"skip_layers": [0], "skip_layer_interval": (0.5, 0.1)},
+            "--skip-layer-interval is 0.5 0.1; expected two",
+        ),
+        (
+            {"skip_layers": [0], "skip_layer_scale": float("nan")},
+            "--skip-layer-scale is nan; expected a finite",
+        ),
+        (
+            {"skip_layers": [0], "sampler": "dopri5"},
+            "--skip-layers with --sampler dopri5, whose steps are its own",
+        ),
         ({"cfg_rescale": 1.5}, "--cfg-rescale is 1.5; expected 0 to 1"),
         (
             {"guide_workdir": "nowhere"},

@@ -109,6 +109,20 @@ def test_same_latents_and_pictures(pipelines, form):
     agree(ours, their_pictures(pipeline, noise))
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_same_with_skip_layer_guidance(pipelines, form):
+    """In steps 2, 3 and 4 of 10: those after a share of 0.1 and before one of 0.5."""
+    pipeline, folder = pipelines(form)
+    skip = {"skip_layers": (0, 1), "skip_scale": 2.5, "skip_interval": (0.1, 0.5)}
+    *ours, noise = our_pictures(folder, **skip)
+    theirs = their_pictures(
+        pipeline, noise, skip_guidance_layers=[0, 1], skip_layer_guidance_scale=2.5,
+        skip_layer_guidance_start=0.1, skip_layer_guidance_stop=0.5,
+    )  # fmt: skip
+    agree(ours, theirs)
+    assert np.abs(theirs[0] - their_pictures(pipeline, noise)[0]).max() > 0.01
+
+
 def test_the_schedule_is_theirs(peers):
     _, diffusers = peers
     for shift, steps in ((3.0, 28), (3.0, 1), (1.0, 50), (6.0, 4)):

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from dit_jax.conditions import LabelCondition, TextCondition
 from dit_jax.config import ConfigError, load
 from dit_jax.runs.checkpoint import Checkpoints, file_checksums
 from dit_jax.runs.log import read_lines, truncate
@@ -196,3 +198,30 @@ def test_restarts_leave_the_checkpoints_of_a_run_that_was_never_interrupted(conf
     ]
     assert left[0] == left[1]
     assert {12, 18, 21} <= set(left[0]) and len(left[0]) <= 4
+
+
+def test_grids_of_captions_show_those_of_the_dataset(config, monkeypatch, tmp_path):
+    from dit_jax.generation import sampling
+    from dit_jax.training.loop import Run
+
+    kind, asked = TextCondition("bytes", 8), {}
+    given = {"tokens": np.ones((3, 8), np.int32), "label": np.arange(3)}
+    program = SimpleNamespace(model=SimpleNamespace(condition=kind))
+    dataset = SimpleNamespace(examples=lambda n: (given, ["a", "b", "c"][:n]))
+    run = SimpleNamespace(program=program, config=config(sample_count=3), dataset=dataset)
+    condition, captions = Run.examples(run)
+    assert set(condition) == {"tokens"} and captions == ["a", "b", "c"]
+    run.program.model.condition = LabelCondition(4, 0.1)
+    assert Run.examples(run) is None
+
+    def generate(model, params, config, options, condition, *rest):
+        asked["condition"] = condition
+
+    monkeypatch.setattr(sampling, "load_decoder", lambda *args: "decoder")
+    monkeypatch.setattr(sampling, "generate_images", generate)
+    monkeypatch.setattr(sampling, "save_grid", lambda path, images, captions: asked.update(captions=captions))
+    sampling.write_sample_grid(
+        tmp_path / "grid.png", config=run.config, model=program.model, params={}, metadata=SimpleNamespace(),
+        mesh=None, examples=(condition, captions),
+    )  # fmt: skip
+    assert asked == {"condition": condition, "captions": captions}

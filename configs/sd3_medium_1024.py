@@ -27,7 +27,7 @@ from dit_jax.config import (
 config = Config(
     model=MMDiTConfig(name="SD3-medium", input_size=(128, 128)),
     text=TextConfig(encoder="sd3", dropout=0.0, encoder_dropout=0.464),
-    compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    compute=ComputeConfig(dtype="bfloat16", remat="dots_attention"),
     diffusion=FlowMatchingConfig(
         times="logit_normal", shift=3.0, time_scale=1000.0, time_direction="to_noise"
     ),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from dit_jax.conditions import Condition
 from dit_jax.config import Config
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.frechet import frechet_of
@@ -41,14 +42,16 @@ def measure(
     mesh: Mesh,
     ruler: Ruler,
     workdir: pathlib.Path,
+    condition: Condition | None = None,
 ) -> dict[str, float]:
     """The Frechet distance of samples of these weights, `fid` in Inception's features and `frechet` in others, and
     where there is a referee, `agreement`: the share that it reads as their label. In process 0; nothing in others.
 
+    condition: of `train.evaluate_count` samples (None: all of the network's kind in turn).
     Where a process fails all do, with errors of its kind.
     """
     t, params = config.train, merged(params, config.lora)
-    condition = model.condition.in_turn(t.evaluate_count)
+    condition = condition or model.condition.in_turn(t.evaluate_count)
     found: dict[str, float] = {}
     with together(), Parts("--train.workdir", workdir / FOLDER, {}, t.evaluate_count, anew=True) as parts:
         decoder = load_decoder(metadata, config.data.vae or None)

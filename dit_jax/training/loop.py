@@ -237,19 +237,20 @@ class Run:
         """Write the grid of samples of this step."""
         from dit_jax.generation import write_sample_grid
 
+        examples = self.examples(self.config.train.sample_count)
         with _spared("grid of samples", step):
             write_sample_grid(
                 self.workdir / "samples" / f"{step:07d}.png",
                 config=self.config, model=self.program.model, params=state.ema[0],
-                metadata=self.dataset.metadata, mesh=self.mesh, examples=self.examples(),
+                metadata=self.dataset.metadata, mesh=self.mesh, examples=examples,
             )  # fmt: skip
 
-    def examples(self) -> tuple[Condition, list[str]] | None:
+    def examples(self, count: int) -> tuple[Condition, list[str]] | None:
         """Conditions of the dataset for a grid, with their captions; None for labels, which are shown in turn."""
         kind = self.program.model.condition
         if isinstance(kind, LabelCondition):
             return None
-        condition, captions = self.dataset.examples(self.config.train.sample_count)
+        condition, captions = self.dataset.examples(count)
         return kind.of(condition), captions
 
     def evaluate(self, state: TrainState, step: int, log: MetricsLog) -> None:
@@ -257,10 +258,12 @@ class Run:
         from dit_jax.generation import watching
 
         assert self.ruler is not None
+        examples = self.examples(self.config.train.evaluate_count)
         with _spared("evaluation", step):
             found = watching.measure(
                 config=self.config, model=self.program.model, params=state.ema[0],
                 metadata=self.dataset.metadata, mesh=self.mesh, ruler=self.ruler, workdir=self.workdir,
+                condition=examples and examples[0],
             )  # fmt: skip
             log.write(step, found)
 

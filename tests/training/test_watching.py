@@ -1,16 +1,21 @@
 """Runs that are measured while they train: the same figures each time, and the same training."""
 
+import dataclasses
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dit_jax.config import ConfigError, from_json, to_json
+from dit_jax.conditions import byte_tokens
+from dit_jax.config import ConfigError, TextConfig, from_json, resolve, to_json
+from dit_jax.data.latents import LatentDataset
 from dit_jax.evaluation.features import FeatureExtractor
 from dit_jax.generation import decoding, scoring, watching
 from dit_jax.runs.log import read_lines
+from dit_jax.training import loop
 from dit_jax.training.loop import train
 
 MEASURED = {"evaluate_every": 2, "evaluate_count": 20, "sample_steps": 2}
@@ -112,3 +117,35 @@ def test_a_config_from_before_still_reads(tiny):
     for name in ("evaluate_every", "evaluate_count", "evaluate_reference"):
         del saved["train"][name]
     assert from_json(json.dumps(saved)) == tiny.config()
+
+
+def test_a_run_of_captions_is_measured_by_those_of_its_data(config, latents, tmp_path, monkeypatch):
+    class Drawn(RuntimeError):
+        pass
+
+    def drawn(source, *_):
+        raise Drawn(source.condition["tokens"].tolist())
+
+    monkeypatch.setattr(watching, "draw", drawn)
+    made = dataclasses.replace(config(steps=2, **MEASURED), text=TextConfig("bytes", length=8, dropout=0.0))
+    monkeypatch.setattr(loop, "open_dataset", lambda _: Captioned(latents))
+    monkeypatch.setattr(loop, "batches", Captioned.batches(loop.batches))
+    with pytest.raises(Drawn) as found:
+        train(resolve(made))
+    assert str([[1] + [byte + 2 for byte in b"a"] + [0] * 6] * 20) in str(found.value)
+
+
+class Captioned(LatentDataset):
+    """The dataset, with the same caption for each record."""
+
+    def examples(self, n):
+        return {"tokens": byte_tokens(["a"] * n, 8)}, ["a"] * n
+
+    @staticmethod
+    def batches(batches):
+        def told(*args):
+            for batch in batches(*args):
+                tokens = byte_tokens(["a"] * len(batch["label"]), 8)
+                yield {"moments": batch["moments"], "tokens": jax.device_put(tokens, batch["label"].sharding)}
+
+        return told

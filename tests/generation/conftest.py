@@ -54,6 +54,13 @@ def sd3_run(tmp_path_factory, sd3_folder):
     return make_run(tmp_path_factory.mktemp("runs") / "sd3", resolve(config), (5,))
 
 
+@pytest.fixture(scope="session")
+def bytes_run(tmp_path_factory):
+    """Folder of a run of a small DiT with the encoder `bytes`."""
+    config = resolve(dataclasses.replace(TINY, text=TextConfig("bytes", length=16)))
+    return make_run(tmp_path_factory.mktemp("runs") / "bytes", config, (5,))
+
+
 def make_run(folder, config, steps):
     """The folder, with random weights of the config's network as checkpoints of these steps."""
     folder.mkdir()

@@ -154,6 +154,21 @@ def test_bytes_need_no_encoder(capfd):
     assert "no --prompt is given" in capfd.readouterr().err
 
 
+def test_a_network_that_reads_bytes_draws_what_it_is_told(bytes_run, tmp_path):
+    def draw(*captions, **options):
+        npz = str(tmp_path / "s.npz")
+        args = dict(
+            workdir=str(bytes_run), npz=npz, prompt=list(captions), num_samples=4, steps=2, batch_size=16
+        )
+        assert command.main(SampleArgs(**args | {"cfg_scale": 40.0} | options)) == 0
+        return load_pictures(npz)[0].astype(int)
+
+    both = draw("three", "seven")
+    np.testing.assert_array_equal(both[::2], draw("three")[::2])
+    assert np.abs(both[1::2] - draw("three")[1::2]).max() > 8
+    assert np.abs(draw("three", negative_prompt="three") - draw("three", cfg_scale=1.0)).max() <= 1
+
+
 def test_conditions_of_many_samples_are_rows_of_a_table():
     table = np.random.default_rng(0).normal(size=(3, 4, 5))
     asked = Asked({"context": table}, ("a", "b", "c"))

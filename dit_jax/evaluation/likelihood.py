@@ -17,9 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from dit_jax.conditions import condition_of
 from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.data.latents import LatentDataset, draw_latents
-from dit_jax.data.metadata import LatentMetadata
+from dit_jax.data.metadata import LatentMetadata, load_metadata
 from dit_jax.diffusion.create import create_process
 from dit_jax.models.create import build_model, init_params
 from dit_jax.runs.weights import load_weights
@@ -48,7 +49,7 @@ def report(
             raise ConfigError(f"{option} is {value}; expected {least} to {2**31 - 1}")
     folder = pathlib.Path(workdir)
     config, metadata = run_config("--workdir", folder), read_metadata("--workdir", folder)
-    held_out = _digits(config, metadata, count) if data is None else _prepared(data, metadata, count)
+    held_out = _digits(config, metadata, count) if data is None else _prepared(data, config, metadata, count)
     bits = np.concatenate(list(_bits(config, metadata, folder, held_out, steps, batch_size, seed)))
     h, w, c = metadata.latent_shape
     error = bits.std(ddof=1) / math.sqrt(len(bits))
@@ -95,9 +96,11 @@ def _bits(
             bar.update(part)
 
 
-def _prepared(data: str, metadata: LatentMetadata, count: int) -> Batch:
-    """Records of a prepared dataset; ConfigError for one of another autoencoder or shape."""
-    dataset = LatentDataset(data)
+def _prepared(data: str, config: Config, metadata: LatentMetadata, count: int) -> Batch:
+    """Records of a prepared dataset; ConfigError for one of another autoencoder or shape, or of other captions."""
+    kind = condition_of(config)
+    kind.check_data(load_metadata(data).stored(kind), f"--data {data}")
+    dataset = LatentDataset(data, condition=kind)
     for what in ("vae_hash", "latent_shape", "num_classes"):
         ours, theirs = getattr(metadata, what), getattr(dataset.metadata, what)
         if ours != theirs:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from dit_jax.config import ConfigError, LoraConfig
+from dit_jax.config.text import SD3
 from dit_jax.interop.sd3 import diffusers_rules
 from dit_jax.interop.tensor_files import write_safetensors
 from dit_jax.models.mmdit import MMDiT
@@ -38,8 +39,8 @@ def lora_state_dict(lora: Any, model: MMDiT, config: LoraConfig) -> dict[str, np
 
 def write_lora(file: str | os.PathLike[str], params: Any, model: Any, config: LoraConfig) -> None:
     """Write the file. Raises ConfigError for a network that diffusers loads no such file for."""
-    if not isinstance(model, MMDiT):
+    if not isinstance(model, MMDiT) or model.text.encoder != SD3:
         raise ConfigError(
-            "--to is lora, but diffusers loads one for an MMDiT alone; expected diffusers or folder"
+            "--to is lora, but diffusers loads one for an MMDiT with --text.encoder sd3 alone; expected folder"
         )
     write_safetensors(file, lora_state_dict(params, model, config))

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from dit_jax.commands import evaluate
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, TextConfig, resolve
 from dit_jax.evaluation import likelihood
 
 
@@ -73,3 +73,14 @@ def test_what_cannot_be_measured_is_refused(folder, options, message):
     given = {"workdir": str(folder / "run"), "data": str(folder / "data"), "count": 8, "steps": 20} | options
     with pytest.raises(ConfigError, match=message):
         likelihood.report(**given)
+
+
+def test_a_run_of_captions_asks_for_them(folder, monkeypatch):
+    of_run = likelihood.run_config
+
+    def on_captions(*args):
+        return resolve(dataclasses.replace(of_run(*args), text=TextConfig("bytes")))
+
+    monkeypatch.setattr(likelihood, "run_config", on_captions)
+    with pytest.raises(ConfigError, match=r"--data .* has no captions; --text.encoder says bytes"):
+        likelihood.report(str(folder / "run"), str(folder / "data"), 8, 20)

@@ -124,7 +124,7 @@ def test_training_moves_the_adaptation_alone(tiny, latents, tmp_path):
     print(convert(str(tmp_path / "fine"), str(tmp_path / "merged"), "run", tiny_reading()))
     config_of_merged = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config_of_merged["lora"]["rank"] == 0
-    with pytest.raises(ConfigError, match=r"--to is lora, but diffusers loads one for an MMDiT alone"):
+    with pytest.raises(ConfigError, match=r"--to is lora, but diffusers loads one for an MMDiT with --text"):
         convert(str(tmp_path / "fine"), str(tmp_path / "x.safetensors"), "lora", tiny_reading())
     with pytest.raises(ConfigError, match=r"--to is lora, but .* was trained with --lora.rank 0"):
         convert(str(tmp_path / "base"), str(tmp_path / "x.safetensors"), "lora", tiny_reading())

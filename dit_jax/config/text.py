@@ -58,7 +58,9 @@ class TextConfig:
         """With what the encoder's name says."""
         import dataclasses
 
-        length = {"": 0, BYTES: 64, SD3: CLIP_LENGTH + 256}.get(self.encoder, 256)
+        if not self.encoder:
+            return self
+        length = {BYTES: 64, SD3: CLIP_LENGTH + 256}.get(self.encoder, 256)
         channels = CHANNELS.get(self.encoder, 0)
         return dataclasses.replace(
             self,

@@ -104,4 +104,7 @@ class Modulation(nn.Module):
         outputs = "efgh"[: kernel.ndim - 1]
         c = nn.silu(c).astype(self.compute.dtype)
         out = self.compute.product(c, kernel, f"bd,d{outputs}->b{outputs}")
-        return self.compute.add_bias(out.reshape(-1, *self.features), bias, [0])
+        out = self.compute.add_bias(out.reshape(-1, *self.features), bias, [0])
+        # Where a device has one row and inner axes are split as well, XLA's partitioner would else give this a wrong
+        # gradient (seen in jax 0.10 on a mesh of 2 x 2 x 2).
+        return self.compute.split_batch(out) if self.compute.splits_inner_axes else out

@@ -85,6 +85,11 @@ class MMDiT(OnPatches, nn.Module):
         return self.text
 
     @property
+    def out_channels(self) -> int:
+        """C: no variance is learned."""
+        return self.in_channels
+
+    @property
     def heads(self) -> int:
         """Attention heads."""
         return self.num_heads or self.hidden_size // HEAD_DIM

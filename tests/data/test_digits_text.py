@@ -62,9 +62,9 @@ def test_pictures_hold_real_digits_of_their_split_at_their_places():
     found = [[at[crop.tobytes()] for crop in pair] for pair in crops(made.images, made.facts[:, 2])]
     np.testing.assert_array_equal(found, made.facts[:, :2])
     (top, left), (same, right) = digits_text.places(LEFT)
-    assert top == same and left + 32 < right
+    assert top == same and left + 32 <= right
     (top, left), (bottom, same) = digits_text.places(ABOVE)
-    assert left == same and top + 32 < bottom
+    assert left == same and top + 32 <= bottom
     ink = made.images.astype(int).sum(axis=(1, 2, 3))
     np.testing.assert_array_equal(
         ink, crops(made.images, made.facts[:, 2]).astype(int).sum(axis=(1, 2, 3, 4))

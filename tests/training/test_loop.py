@@ -209,10 +209,10 @@ def test_grids_of_captions_show_those_of_the_dataset(config, monkeypatch, tmp_pa
     program = SimpleNamespace(model=SimpleNamespace(condition=kind))
     dataset = SimpleNamespace(examples=lambda n: (given, ["a", "b", "c"][:n]))
     run = SimpleNamespace(program=program, config=config(sample_count=3), dataset=dataset)
-    condition, captions = Run.examples(run)
+    condition, captions = Run.examples(run, 3)
     assert set(condition) == {"tokens"} and captions == ["a", "b", "c"]
     run.program.model.condition = LabelCondition(4, 0.1)
-    assert Run.examples(run) is None
+    assert Run.examples(run, 3) is None
 
     def generate(model, params, config, options, condition, *rest):
         asked["condition"] = condition

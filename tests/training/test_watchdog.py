@@ -1,15 +1,20 @@
 """Steps that hang, and steps of which a trace is written."""
 
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 
 import pytest
 
 from dit_jax import signals
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, to_json
 from dit_jax.config.check import profiled_steps
 from dit_jax.training import watchdog as room
 from dit_jax.training.loop import train
 
+ROOT = pathlib.Path(__file__).parents[2]
 LONG = 60.0  # seconds that a test waits for what comes at once
 
 
@@ -72,9 +77,27 @@ def test_a_run_that_hangs(ended, tiny, latents, tmp_path, monkeypatch):
             yield batch
 
     monkeypatch.setattr(loop, "batches", stopping)
-    options = {"workdir": str(tmp_path / "run"), "steps": 4, "stall_minutes": 0.02, "profile_steps": "2:3"}
+    options = {"workdir": str(tmp_path / "run"), "steps": 4, "stall_minutes": 0.02}
     train(tiny.config(train=options, data={"dir": str(latents)}))
     assert "no step after step 2 for 0.02 minutes" in said[1][1]
+
+
+PROGRAM = """
+import sys
+from dit_jax.config import load
+from dit_jax.training.loop import train
+train(load(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_trace_is_written(tiny, latents, tmp_path):
+    """In a process of its own: where another test has loaded the TPU compiler, the profiler would look for TPUs."""
+    options = {"workdir": str(tmp_path / "run"), "steps": 4, "profile_steps": "2:3"}
+    file = tmp_path / "config.json"
+    file.write_text(to_json(tiny.config(train=options, data={"dir": str(latents)})))
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax")}
+    subprocess.run([sys.executable, "-c", PROGRAM, str(file)], env=env, cwd=ROOT, check=True, timeout=400)
     assert len(list((tmp_path / "run" / room.PROFILE).rglob("*.xplane.pb"))) == 1
 
 

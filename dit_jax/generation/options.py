@@ -25,7 +25,8 @@ class DrawArgs:
     prompt: tyro.conf.UseAppendAction[list[str]] = field(default_factory=list)
     """Of a run that is told captions: what to show; given again for each of several."""
     prompts: str | None = None
-    """The same out of a file of UTF-8 text, a prompt a line; blank lines are left out."""
+    """The same out of a file: text with a prompt a line, a .jsonl with a prompt in each record (GenEval's), or a
+    folder with a .txt for each (DPG-Bench's)."""
     negative_prompt: str | None = None
     """What guidance leads away from (default: an empty caption, as the network was trained)."""
     text_encoder: str | None = None

@@ -20,6 +20,7 @@ import shutil
 from typing import Any
 
 from dit_jax.config import Config, ConfigError, FlowMatchingConfig, MMDiTConfig, TextConfig, resolve
+from dit_jax.config.check import HEAD_DIM
 from dit_jax.config.networks import MMDIT_SIZES
 from dit_jax.config.saved import shown
 from dit_jax.config.text import CLIP_LENGTH, SD3, SD3_FOLDERS, SD3_PLACE
@@ -40,7 +41,6 @@ FILES = [
 ]
 """Of a hub's repository, beside those of other pipelines."""
 
-HEAD_DIM = 64
 T5_LENGTH = 256  # tokens that the pipeline gives T5 unless it is told otherwise
 TIMESTEPS = 1000
 _SIZES = {

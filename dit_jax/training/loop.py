@@ -16,7 +16,7 @@ import tqdm
 from jax.sharding import Mesh
 
 from dit_jax.conditions import Condition, LabelCondition
-from dit_jax.config import Config
+from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import profiled_steps
 from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import Batch, batches, check_memory, order_kind
@@ -37,12 +37,13 @@ from dit_jax.runs.workdir import (
     write_description,
 )
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
+from dit_jax.training.profile import Profile
 from dit_jax.training.program import Program, build_program
 from dit_jax.training.room import check_room
 from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.step import summarise
 from dit_jax.training.throughput import Throughput
-from dit_jax.training.watchdog import Profile, Watchdog
+from dit_jax.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from dit_jax.generation.scoring import Ruler
@@ -131,6 +132,10 @@ def ruler_of(config: Config, metadata: LatentMetadata) -> Ruler | None:
 
 def first_state(config: Config, program: Program, label_names: Sequence[str]) -> TrainState:
     """The state at step 0: fresh, or from the weights of another run."""
+    if config.lora.rank and not config.train.init_from:
+        raise ConfigError(
+            f"--lora.rank is {config.lora.rank} without --train.init-from; expected the run whose weights are adapted"
+        )
     state = program.init()
     if not config.train.init_from:
         return state

@@ -1,10 +1,9 @@
-"""Steps that hang, and steps that are looked at closely."""
+"""Steps that hang."""
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
-import pathlib
 import sys
 import threading
 import time
@@ -14,8 +13,6 @@ from typing import Self
 import jax
 
 from dit_jax import signals
-
-PROFILE = "profile"  # in a run's folder
 
 
 class Watchdog:
@@ -80,33 +77,3 @@ class Watchdog:
             f"process {jax.process_index()} of {jax.process_count()}: no step after step {step} for "
             f"{self._seconds / 60:g} minutes (--train.stall-minutes); the same command goes on from what is saved",
         )
-
-
-class Profile:
-    """A trace of some steps, for XProf or TensorBoard, in the run's folder; each process writes its own."""
-
-    def __init__(self, steps: range, workdir: pathlib.Path) -> None:
-        self._steps, self._folder, self._runs = steps, workdir / PROFILE, False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def before(self, step: int) -> None:
-        """The step `step` is about to be asked for."""
-        if step in self._steps and not self._runs:
-            jax.profiler.start_trace(str(self._folder))
-            self._runs = True
-
-    def after(self, step: int, result: object) -> None:
-        """It has been asked for; the trace ends when the last one's result is there."""
-        if self._runs and step >= self._steps[-1]:
-            jax.block_until_ready(result)
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._runs:
-            jax.profiler.stop_trace()
-            self._runs = False

@@ -99,6 +99,8 @@ def test_training_moves_the_adaptation_alone(tiny, latents, tmp_path):
         )  # fmt: skip
         return dataclasses.replace(made, lora=lora)
 
+    with pytest.raises(ConfigError, match=r"--lora.rank is 2 without --train.init-from; expected the run"):
+        train(config("alone", lora=LORA))
     base = train(config("base"))
     fine = config("fine", init_from=str(tmp_path / "base"), lora=LORA, steps=4)
     state = train(fine)

@@ -11,6 +11,7 @@ import pytest
 from dit_jax import signals
 from dit_jax.config import ConfigError, to_json
 from dit_jax.config.check import profiled_steps
+from dit_jax.training import profile
 from dit_jax.training import watchdog as room
 from dit_jax.training.loop import train
 
@@ -98,7 +99,7 @@ def test_a_trace_is_written(tiny, latents, tmp_path):
     file.write_text(to_json(tiny.config(train=options, data={"dir": str(latents)})))
     env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax")}
     subprocess.run([sys.executable, "-c", PROGRAM, str(file)], env=env, cwd=ROOT, check=True, timeout=400)
-    assert len(list((tmp_path / "run" / room.PROFILE).rglob("*.xplane.pb"))) == 1
+    assert len(list((tmp_path / "run" / profile.FOLDER).rglob("*.xplane.pb"))) == 1
 
 
 def test_steps_to_be_traced():

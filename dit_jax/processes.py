@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # JAX has no public name for the store
 
-from dit_jax import signals
+from dit_jax import liveness, signals
 from dit_jax.config import ConfigError
 
 T = TypeVar("T")
@@ -108,9 +109,10 @@ def together() -> Iterator[None]:
 
 
 def join_the_others() -> None:
-    """From now on this process ends when another one of the run has called `end`, wherever it is."""
+    """From now on this process ends when another one of the run has called `end`, or is gone, wherever it is."""
     global _joined
-    if distributed.global_state.num_processes == 1:
+    state = distributed.global_state
+    if state.num_processes == 1:
         return
     over = threading.Event()
 
@@ -124,15 +126,30 @@ def join_the_others() -> None:
 
     follower = threading.Thread(target=follow, name="follow the others", daemon=True)
     follower.start()
+    presence = liveness.Presence(_store(), state.process_id, state.num_processes, end)
+    presence.start()
+    if state.process_id:
+        liveness.outlive_the_lead(str(state.coordinator_address), state.num_processes)
 
     def stop() -> None:
         with contextlib.suppress(Exception):
             _store().wait_at_barrier("dit_jax/done", FOREVER_MS)  # the others may still fail
+        presence.stop()
         over.set()  # a thread that is in JAX's store while Python shuts down would abort the process
         follower.join()
 
     atexit.register(stop)
     _joined, signals.end = True, end
+
+
+def outlive(error: Exception) -> None:
+    """To be called with what failed in this process: where the reason is that another one is gone, it ends here.
+
+    Returns otherwise, at once unless it is an error of XLA's: a computation fails before it is known who is gone.
+    """
+    status = re.match(r"([A-Z_]+): ", str(error))  # XLA's errors come as several types
+    if _joined and status and status[1] != "RESOURCE_EXHAUSTED":
+        time.sleep(liveness.PATIENCE_SECONDS)
 
 
 def end(code: int, message: str) -> int:
@@ -158,6 +175,7 @@ def _leave(code: int) -> None:
     """End this process, the one that keeps the store last: the others would abort without it."""
     if not _ending.acquire(blocking=False):  # another thread is about to
         threading.Event().wait()
+    signals.remove_unfinished()
     state = distributed.global_state
     deadline = time.monotonic() + FAREWELL_SECONDS
     with contextlib.suppress(Exception):  # one that was killed does not answer

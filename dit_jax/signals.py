@@ -20,7 +20,7 @@ EXIT_INTERRUPTED = 130  # as shells say of SIGINT
 _lines: dict[int, tuple[int, str]] = {}  # signal -> exit code and what is said
 _leaving = threading.Lock()
 unfinished: set[str] = set()
-"""Files that are removed where a signal ends the process."""
+"""Files that are removed where the process ends without unwinding."""
 
 
 def leave_on_signals(program: str, interrupted: str, stopped: str = "") -> None:
@@ -65,6 +65,13 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def remove_unfinished() -> None:
+    """Before an end without unwinding."""
+    for path in list(unfinished):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 def _end(code: int, line: str) -> None:
     os.write(2, f"{line}\n".encode())
     os._exit(code)
@@ -77,7 +84,5 @@ end: Callable[[int, str], object] = _end
 def _leave(number: int, _: object = None) -> None:
     if number not in _lines or not _leaving.acquire(blocking=False):
         return  # the main thread and the other may both come here
-    for path in list(unfinished):
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    remove_unfinished()
     end(*_lines[number])

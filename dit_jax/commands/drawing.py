@@ -37,5 +37,6 @@ def run_drawing(
         return processes.end(EXIT_BAD_OPTION, f"{program}: {error}")
     except (FloatingPointError, OSError) as error:  # a disk that is full by now, say
         return processes.end(launch.EXIT_FAILED, f"{program}: {error}")
-    except Exception:
+    except Exception as error:
+        processes.outlive(error)
         return processes.end(launch.EXIT_FAILED, traceback.format_exc())

@@ -37,6 +37,7 @@ def main(program: str, args: Sequence[str]) -> int:
         return processes.end(launch.EXIT_BAD_OPTION, f"{program}: {error}")
     except launch.TrainingDivergedError as error:
         return processes.end(launch.EXIT_DIVERGED, f"{program}: {error}")
-    except Exception:
+    except Exception as error:
+        processes.outlive(error)
         return processes.end(launch.EXIT_FAILED, traceback.format_exc())
     return 0 if int(state.step) >= config.train.steps else launch.EXIT_STOPPED

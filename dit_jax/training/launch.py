@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from dit_jax import processes
 from dit_jax.config import ConfigError
+from dit_jax.liveness import JAX_SECONDS
 from dit_jax.signals import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from dit_jax.signals import EXIT_STOPPED as EXIT_STOPPED
 
@@ -113,9 +114,14 @@ def initialize(options: JoinOptions) -> None:
             raise ConfigError(
                 f"--process-index is {options.process_index}; expected 0 to {options.num_processes - 1}"
             )
-        jax.distributed.initialize(options.coordinator, options.num_processes, options.process_index)
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_index,
+            heartbeat_timeout_seconds=JAX_SECONDS,
+        )
     elif options.distributed or _under_a_launcher():
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=JAX_SECONDS)
     processes.join_the_others()
 
 

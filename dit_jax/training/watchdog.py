@@ -16,7 +16,7 @@ from dit_jax import signals
 
 
 class Watchdog:
-    """Ends a process whose next step does not come: a host that waits for a dead one would wait for ever.
+    """Ends a process whose next step does not come. (A process that is gone: `dit_jax.liveness`)
 
     It says on stderr where every thread is, and ends with code 75, after which a scheduler starts the command again.
     Only time outside of `paused` counts, from the first `step` on, when compilation is over.

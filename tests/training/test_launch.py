@@ -273,7 +273,7 @@ def test_launch_flags():
 
 def test_slurm_and_others_are_recognised(monkeypatch):
     calls = []
-    monkeypatch.setattr(launch.jax.distributed, "initialize", lambda *args: calls.append(args))
+    monkeypatch.setattr(launch.jax.distributed, "initialize", lambda *args, **_: calls.append(args))
     nothing, _, _ = launch.parse_launch([])
     launch.initialize(nothing)
     assert calls == []

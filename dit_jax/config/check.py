@@ -65,12 +65,13 @@ def typed(config: Config) -> Config:
     except (TypeError, ValueError) as error:  # a recipe may hold anything
         raise ConfigError(f"the config cannot be written as JSON ({error}); expected plain values") from None
     for option, value in _options(json.loads(text)):
-        if isinstance(value, str):
-            name = value.encode(errors="replace").decode()
-            _require(value == name and "\0" not in value, option, shown(value), "text that is UTF-8")
+        for part in _flat(value):
+            if isinstance(part, str):
+                name = part.encode(errors="replace").decode()
+                _require(part == name and "\0" not in part, option, shown(part), "text that is UTF-8")
     config = from_json(text)
     for option, value in _options(dataclasses.asdict(config)):
-        for part in value if isinstance(value, tuple) else (value,):
+        for part in _flat(value):
             if isinstance(part, int):
                 _require(part < 2**31, option, value, f"at most {2**31 - 1}")
             elif isinstance(part, float):
@@ -84,6 +85,15 @@ def _options(groups: Any) -> Iterator[tuple[str, Any]]:
     for group, options in groups.items():
         if isinstance(options, dict):
             yield from ((f"{group}.{name}", value) for name, value in options.items())
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """A value, or those of a tuple or list, of which there may be some in each other."""
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
 
 
 def _require(good: bool, option: str, found: object, expected: str) -> None:
@@ -151,6 +161,7 @@ def _check_values(config: Config) -> None:
     for width in config.optim.ema_sigma_rel:
         _require(0 < width < 0.28, "optim.ema_sigma_rel", width, "above 0 and below 0.28")
     profiled_steps(config.train.profile_steps)
+    _check_mixture(config.data.mixture)
     _check_model(config)
     for group in ("diffusion", "text", "lora"):
         for good, option, found, expected in getattr(config, group).rules():
@@ -170,6 +181,14 @@ def _check_values(config: Config) -> None:
         axes.count(-1) <= 1 and all(a is None or a == -1 or a > 0 for a in axes),
         "mesh", f"(data, fsdp, tensor) = {axes}", "sizes above 0, at most one of them -1",
     )  # fmt: skip
+
+
+def _check_mixture(mixture: tuple[tuple[str, float], ...]) -> None:
+    folders = [folder for folder, _ in mixture]
+    for folder, weight in mixture:
+        _require(folder != "", "data.mixture", "a part without a name", "folders and their weights")
+        _require(weight > 0, "data.mixture", f"{folder} {weight}", "weights above 0")
+        _require(folders.count(folder) == 1, "data.mixture", f"{folder} twice", "each folder once")
 
 
 def _check_model(config: Config) -> None:

@@ -25,9 +25,16 @@ from dit_jax.config.upgrade import VERSION, upgraded
 KINDS = {"model": MODEL_KINDS, "diffusion": PROCESS_KINDS}
 
 
+UNSAID = {"data": ("mixture",)}
+"""Options that are left out where they are empty: a run without them is written as before there were any."""
+
+
 def to_json(config: Config) -> str:
     """The config as indented JSON; `from_json` reads it back to an equal config."""
-    return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
+    groups = dataclasses.asdict(config)
+    for group, names in UNSAID.items():
+        groups[group] = {name: value for name, value in groups[group].items() if value or name not in names}
+    return json.dumps({"version": VERSION, **groups}, indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:

@@ -52,6 +52,9 @@ class DataConfig:
 
     dir: str = ""
     """Folder of the prepared latent dataset (TFDS format, ArrayRecord shards)."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Several datasets in the place of `dir`, each with its weight, such as data/a 3 data/b 1: three quarters of a
+    run's records are of the first. They must have the same autoencoder, latents and classes or captions."""
     source: str = ""
     """Where to prepare the dataset from when `dir` does not exist yet: digits, or digits-text, pairs of them with
     captions, which need no download."""

@@ -21,6 +21,7 @@ from dit_jax.conditions import AnyCondition, condition_of
 from dit_jax.config import Config, ConfigError
 from dit_jax.data.captions import Reader, captions_in
 from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, shard_name
+from dit_jax.data.mixture import Mixture, check_parts
 from dit_jax.data.records import features_of
 from dit_jax.processes import on_lead
 
@@ -58,6 +59,11 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return self.metadata.count
+
+    @property
+    def parts(self) -> tuple[LatentDataset, ...]:
+        """The sets that this one is made of: itself."""
+        return (self,)
 
     def shard(self, number: int) -> pathlib.Path:
         """The file of a shard."""
@@ -248,24 +254,30 @@ def draw_latents(
     return (z - shift_factor) * scaling_factor
 
 
-def open_dataset(config: Config) -> LatentDataset:
+def open_dataset(config: Config) -> LatentDataset | Mixture:
     """The dataset of a run, checked against its config; the digits are prepared at first use.
 
     Raises ConfigError, in one sentence, where the dataset contradicts the config, and DataError where there
     is none and it cannot be prepared without being asked.
     """
-    directory = config.data.dir
-    if not directory:
+    mixture, kind = config.data.mixture, condition_of(config)
+    folders = [folder for folder, _ in mixture] or [config.data.dir]
+    if not folders[0]:
         raise ConfigError("--data.dir is empty; expected the folder of a dataset made by prepare.py")
-    if config.data.source in EMBEDDED:
-        _prepare_embedded(config.data.source, directory)
-    check_dataset(load_metadata(directory), config)
-    return LatentDataset(directory, mirror=config.data.mirror, condition=condition_of(config))
+    if config.data.source in EMBEDDED and config.data.dir in folders:
+        _prepare_embedded(config.data.source, config.data.dir)
+    found = [load_metadata(folder) for folder in folders]
+    if mixture:
+        check_parts(folders, found, kind)
+    for folder, metadata in zip(folders, found, strict=True):
+        check_dataset(metadata, config, folder)
+    parts = [LatentDataset(folder, mirror=config.data.mirror, condition=kind) for folder in folders]
+    return Mixture(parts, [weight for _, weight in mixture]) if mixture else parts[0]
 
 
-def check_dataset(metadata: LatentMetadata, config: Config) -> None:
-    """Raise ConfigError, in one sentence, where a dataset contradicts a config."""
-    where, model = f"the dataset in {config.data.dir}", config.model
+def check_dataset(metadata: LatentMetadata, config: Config, folder: str = "") -> None:
+    """Raise ConfigError, in one sentence, where a dataset, in `folder` or else the config's, contradicts a config."""
+    where, model = f"the dataset in {folder or config.data.dir}", config.model
     if metadata.latent_shape != (*model.input_size, model.in_channels):
         raise ConfigError(
             f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; "

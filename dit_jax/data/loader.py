@@ -5,7 +5,6 @@ Legend: B global batch, n records, M views, h, w latent height and width, c late
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 import itertools
@@ -13,10 +12,8 @@ import os
 import pathlib
 import platform
 import sys
-import threading
 import zlib
-from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex
 
@@ -26,157 +23,52 @@ import tqdm
 from jax.sharding import NamedSharding
 
 from dit_jax.config import ConfigError
-from dit_jax.data.captions import CaptionTable, caption_words
+from dit_jax.data.captions import CaptionTable
 from dit_jax.data.captions import gather as gather_captions
 from dit_jax.data.latents import LatentDataset
+from dit_jax.data.mixture import Mixture
+from dit_jax.data.order import KEYED_FROM as KEYED_FROM
+from dit_jax.data.order import MixedOrder, Order, OrderKind, whole_weights
+from dit_jax.data.order import batch_indices as batch_indices
+from dit_jax.data.order import epoch_order as epoch_order
+from dit_jax.data.order import keyed_order as keyed_order
+from dit_jax.data.order import order_kind as order_kind
 from dit_jax.memory import host_memory
 
 Cache = Literal["none", "ram", "device"]
 Batch = dict[str, jax.Array]
-
-OrderKind = Literal["sorted", "keyed"]
-"""How an epoch is ordered: by sorting a random word of each record, or by a permutation with a key."""
-KEYED_FROM = 2**24  # records, whose sorted order is 128 MB
-# Of the permutation's cipher. With the library's usual 4, neighbours of a billion correlate by 0.55, with 6 by 0.1.
-ROUNDS = 12
+Dataset = LatentDataset | Mixture
+AnyOrder = Order | MixedOrder
 
 BATCHES_PLACED = 2  # on the devices, ahead of the step
-
-
-# --------------------------------------------------------------------------------------------- order
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """A permutation (n,) of the records, without replacement: a pure function of its arguments, kept for a while.
-
-    Sorting the counter-based generator's raw words keeps the order fixed: NumPy promises the stream of a bit
-    generator, but not that of `Generator.permutation`.
-    """
-    return _orders(seed, epoch, n)
-
-
-def _shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
-    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
-    order = np.argsort(words, kind="stable")
-    order.flags.writeable = False  # every caller gets the same array
-    return order
-
-
-class _Orders:
-    """Computes each epoch's order once, however many threads ask for it, and the next epoch's ahead of its time."""
-
-    KEPT = 4  # a batch may straddle two epochs, while other threads are still in the one before
-    AHEAD = 2**16  # records from which on a step would notice the wait for an order
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._kept: collections.OrderedDict[tuple[int, int, int], Future[np.ndarray]] = (
-            collections.OrderedDict()
-        )
-
-    def __call__(self, seed: int, epoch: int, n: int) -> np.ndarray:
-        future, is_new = self._find(seed, epoch, n)
-        if is_new:
-            _fulfil(future, seed, epoch, n)
-        order = future.result()
-        if n >= self.AHEAD:
-            future, is_new = self._find(seed, epoch + 1, n)
-            if is_new:
-                threading.Thread(target=_fulfil, args=(future, seed, epoch + 1, n), daemon=True).start()
-        return order
-
-    def _find(self, *key: int) -> tuple[Future[np.ndarray], bool]:
-        """The promise of an order, and whether it is the caller who has to keep it."""
-        with self._lock:
-            is_new = key not in self._kept
-            future = self._kept.setdefault(key, Future())  # type: ignore[arg-type]
-            self._kept.move_to_end(key)  # type: ignore[arg-type]
-            if len(self._kept) > self.KEPT:
-                self._kept.popitem(last=False)
-        return future, is_new
-
-
-def _fulfil(future: Future[np.ndarray], seed: int, epoch: int, n: int) -> None:
-    try:
-        future.set_result(_shuffled(seed, epoch, n))
-    except BaseException as error:  # out of memory: whoever waits hears of it
-        future.set_exception(error)
-
-
-_orders = _Orders()
-
-
-def order_kind(n: int) -> OrderKind:
-    """How a new run on n records orders them: from KEYED_FROM on without an array of them all."""
-    return "keyed" if n >= KEYED_FROM else "sorted"
-
-
-def keyed_order(seed: int, epoch: int, n: int, positions: np.ndarray) -> np.ndarray:
-    """The records at these positions of an epoch: of a permutation that is a function of a key, in no memory."""
-    from grain.experimental import index_shuffle
-
-    key = int(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(1)[0]) % 2**32
-    return np.asarray([index_shuffle(at, n - 1, key, ROUNDS) for at in positions.tolist()], np.int64)
-
-
-def batch_indices(seed: int, step: int, batch_size: int, n: int, kind: OrderKind = "sorted") -> np.ndarray:
-    """Records (B,) of the global batch of a step (from 0). Batches straddle epochs, so none is ever left
-    out."""
-    position = step * batch_size + np.arange(batch_size)
-    epoch = position // n
-    indices = np.empty(batch_size, np.int64)
-    for e in np.unique(epoch):
-        here = epoch == e
-        if kind == "keyed":
-            indices[here] = keyed_order(seed, int(e), n, position[here] % n)
-        else:
-            indices[here] = epoch_order(seed, int(e), n)[position[here] % n]
-    return indices
-
-
-@dataclass(frozen=True)
-class Order:
-    """The records (B,) of the batches from `start` on: order[i] is the batch of step start + i."""
-
-    seed: int
-    batch_size: int
-    n: int
-    start: int = 0
-    kind: OrderKind = "sorted"
-
-    def __getitem__(self, count: int) -> np.ndarray:
-        return batch_indices(self.seed, self.start + count, self.batch_size, self.n, self.kind)
-
-    def words(self, count: int) -> np.ndarray:
-        """The words (B,) that draw the captions of that batch."""
-        return caption_words(self.seed, self.start + count, self.batch_size)
 
 
 # ------------------------------------------------------------------------------------------- batches
 
 
 def batches(
-    dataset: LatentDataset,
+    dataset: Dataset,
     batch_size: int,
     seed: int,
     start_step: int,
     sharding: NamedSharding,
     cache: Cache = "none",
     workers: int = 0,
-    kind: OrderKind = "sorted",
+    kind: OrderKind | Sequence[OrderKind] = "sorted",
 ) -> Generator[Batch]:
     """Endless batches from `start_step` on: `moments` (B, M, h, w, 2c) and the condition, global arrays.
 
     sharding splits the batch axis; each process reads only the rows of its own devices. cache holds the whole
     set in host memory ("ram") or on every device ("device"). workers: threads that read ahead, 0 chosen by
-    the machine. kind: the order of an epoch, with which a run goes on as it began. Close the generator
-    (`contextlib.closing`) to stop its threads.
+    the machine. kind: the order of an epoch, with which a run goes on as it began; of a mixture each part's. Close
+    the generator (`contextlib.closing`) to stop its threads.
 
     Raises ConfigError where the batch does not split over the devices, the set is empty, or set or batches do not
     fit into memory.
     """
-    if len(dataset) == 0:
-        raise ConfigError(f"{dataset!r} is empty; expected at least one record")
+    for part in dataset.parts:
+        if len(part) == 0:
+            raise ConfigError(f"{part!r} is empty; expected at least one record")
     try:
         sharding.shard_shape((batch_size,))
     except ValueError as error:
@@ -184,13 +76,25 @@ def batches(
             f"--train.batch-size is {batch_size}, which does not split evenly: {error}"
         ) from None
     check_memory(dataset, batch_size, cache, workers)
-    order = Order(seed, batch_size, len(dataset), start_step, kind)
+    order = order_of(dataset, batch_size, seed, start_step, kind)
     if cache == "device":
         return _device_batches(dataset, order, sharding)
     read = _InMemory(dataset).read if cache == "ram" else dataset.read
     rows = local_rows(sharding, batch_size)
     steps = _Steps(read, order, rows, dataset.conditions.of_text)
     return _streamed_batches(steps, sharding, workers)
+
+
+def order_of(
+    dataset: Dataset, batch_size: int, seed: int, start: int, kind: OrderKind | Sequence[OrderKind]
+) -> AnyOrder:
+    """The order of the batches of a dataset from step `start` on."""
+    if isinstance(dataset, Mixture):
+        kinds = (kind,) * len(dataset.parts) if isinstance(kind, str) else tuple(kind)
+        sizes = tuple(map(len, dataset.parts))
+        return MixedOrder(seed, batch_size, sizes, whole_weights(dataset.weights), start, kinds)
+    assert isinstance(kind, str)
+    return Order(seed, batch_size, len(dataset), start, kind)
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
@@ -216,7 +120,7 @@ class _Steps:
     """Random access to this process's rows of every batch, as grain wants it."""
 
     read: Callable[..., dict[str, np.ndarray]]
-    order: Order
+    order: AnyOrder
     rows: np.ndarray
     of_text: bool
 
@@ -259,7 +163,7 @@ def _readers(workers: int) -> int:
 # -------------------------------------------------------------------------------------------- memory
 
 
-def check_memory(dataset: LatentDataset, batch_size: int, cache: Cache = "none", workers: int = 0) -> None:
+def check_memory(dataset: Dataset, batch_size: int, cache: Cache = "none", workers: int = 0) -> None:
     """Raise ConfigError where the set that is cached, or the batches read ahead, are more than a host's memory.
 
     Every process holds its own copy of a cached set, so those of a host are counted together. All processes of a
@@ -286,7 +190,7 @@ def check_memory(dataset: LatentDataset, batch_size: int, cache: Cache = "none",
         )
 
 
-def set_bytes(dataset: LatentDataset) -> int:
+def set_bytes(dataset: Dataset) -> int:
     """Bytes of a whole set as a cache holds it."""
     return len(dataset) * dataset.record_bytes + dataset.conditions.cached_bytes
 
@@ -314,7 +218,7 @@ def _host() -> tuple[int, int]:
 class _InMemory:
     """The whole set in host memory; of captions all, as the step says which one is drawn."""
 
-    def __init__(self, dataset: LatentDataset):
+    def __init__(self, dataset: Dataset):
         chunk = 512
         self.moments = np.empty((len(dataset), *dataset.record_shape), dataset.metadata.dtype)
         reader = dataset.conditions
@@ -337,7 +241,7 @@ class _InMemory:
         return {"moments": self.moments[indices], **condition}
 
 
-def _check_room(dataset: LatentDataset, sharding: NamedSharding) -> None:
+def _check_room(dataset: Dataset, sharding: NamedSharding) -> None:
     """Raises ConfigError where a device has less room than the whole set needs."""
     for device in sharding.addressable_devices:
         stats = device.memory_stats() or {}  # type: ignore[attr-defined]
@@ -350,7 +254,7 @@ def _check_room(dataset: LatentDataset, sharding: NamedSharding) -> None:
             )
 
 
-def _device_batches(dataset: LatentDataset, order: Order, sharding: NamedSharding) -> Generator[Batch]:
+def _device_batches(dataset: Dataset, order: AnyOrder, sharding: NamedSharding) -> Generator[Batch]:
     """Batches of a copy of the whole set on every device of the mesh."""
     _check_room(dataset, sharding)
     everywhere = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

@@ -72,11 +72,22 @@ def _device_bytes(tree: Any) -> int:
 
 
 def _dataset(config: Config) -> str:
+    if config.data.mixture:
+        total = sum(weight for _, weight in config.data.mixture)
+        return f"{len(config.data.mixture)} parts" + "".join(
+            f"\n                {weight / total:8.1%} {folder}: {_epochs(config, folder, weight / total)}"
+            for folder, weight in config.data.mixture
+        )
+    return _epochs(config, config.data.dir)
+
+
+def _epochs(config: Config, folder: str, share: float = 1.0) -> str:
+    """How often the run sees a set that is this share of its records."""
     try:
-        count = load_metadata(config.data.dir).count
+        count = load_metadata(folder).count
     except DataError as error:
         return f"not there yet: {error}"
-    per_epoch = count / config.train.batch_size
+    per_epoch = count / config.train.batch_size / share
     epochs = config.train.steps / per_epoch
     return (
         f"{count} images, {per_epoch:.1f} steps per epoch, {epochs:.1f} epochs in {config.train.steps} steps"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ from dit_jax.runs.checkpoint import CheckpointError
 HARMLESS = {
     "model": {"name"},  # sizes count, not the name they came by
     "compute": {field.name for field in dataclasses.fields(ComputeConfig)},
-    "data": {"dir", "source", "cache", "workers", "vae"},  # another VAE is another dataset, which is refused
+    # Another VAE is another dataset, which is refused; of a mixture the weights count, wherever its parts lie.
+    "data": {"dir", "source", "cache", "workers", "vae"},
     "mesh": {"preset", "data", "fsdp", "tensor"},
     "train": {
         "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",
@@ -46,12 +47,17 @@ def check_same_run(config: Config, saved: Config, where: str | os.PathLike[str])
             harmless = name in HARMLESS.get(group, ())
             if name == "steps" and config.optim.schedule != "constant":
                 harmless = False  # the learning rate's decay ends there
-            if value != before[name] and not harmless:
+            if _said(group, name, value) != _said(group, name, before[name]) and not harmless:
                 option = f"--{group}.{name}".replace("_", "-")
                 raise ConfigError(
                     f"{option} is {value!r}; the run in {where} has {before[name]!r}: "
                     f"go on with the same value, or name another --train.workdir"
                 )
+
+
+def _said(group: str, name: str, value: Any) -> Any:
+    """What counts of an option's value."""
+    return [weight for _, weight in value] if (group, name) == ("data", "mixture") else value
 
 
 def read_metadata(option: str, workdir: pathlib.Path) -> LatentMetadata:
@@ -73,16 +79,22 @@ def meta_of(config: Config, fingerprint: str) -> dict[str, Any]:
     return {"config": json.loads(to_json(config)), "dataset": fingerprint}
 
 
-def check_meta(config: Config, fingerprint: str, directory: pathlib.Path) -> Callable[[dict[str, Any]], None]:
-    """The check for `Checkpoints.restore`: same run, same dataset."""
+def check_meta(
+    config: Config, fingerprint: str, directory: pathlib.Path, parts: Sequence[str] = ()
+) -> Callable[[dict[str, Any]], None]:
+    """The check for `Checkpoints.restore`: same run, same dataset; parts: fingerprints of a mixture's."""
 
     def check(meta: dict[str, Any]) -> None:
         check_same_run(config, from_json(json.dumps(meta["config"])), directory)
-        if meta["dataset"] != fingerprint:
-            raise CheckpointError(
-                f"the checkpoints in {directory} were trained on another dataset "
-                f"(fingerprint {meta['dataset'][:12]}, --data.dir has {fingerprint[:12]})"
-            )
+        mixture = zip(config.data.mixture, meta.get("parts", ()), parts, strict=False)
+        named = [("--data.dir", meta["dataset"], fingerprint)]
+        named = [(f"--data.mixture {dir}", before, now) for (dir, _), before, now in mixture] or named
+        for option, before, now in named:
+            if before != now:
+                raise CheckpointError(
+                    f"the checkpoints in {directory} were trained on another dataset "
+                    f"(fingerprint {before[:12]}, {option} has {now[:12]})"
+                )
 
     return check
 

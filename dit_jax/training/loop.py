@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from dit_jax.conditions import Condition, LabelCondition
 from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import profiled_steps
-from dit_jax.data.latents import LatentDataset, open_dataset
-from dit_jax.data.loader import Batch, batches, check_memory, order_kind
+from dit_jax.data.latents import open_dataset
+from dit_jax.data.loader import Batch, Dataset, batches, check_memory, order_kind
 from dit_jax.data.metadata import LatentMetadata
+from dit_jax.data.mixture import Mixture
 from dit_jax.files import check_folder
 from dit_jax.processes import on_lead
 from dit_jax.runs.checkpoint import Checkpoints, say
@@ -75,13 +76,13 @@ def train(config: Config) -> TrainState:
     check_room(config, program)
     on_lead(lambda: check_outputs(config, metadata))
     ruler = ruler_of(config, metadata)
-    meta = meta_of(config, dataset_fingerprint(metadata)) | {"order": order_kind(len(dataset))}
+    meta = meta_of(config, dataset_fingerprint(metadata)) | of_parts(dataset)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(workdir))
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.train.keep, config.train.milestone_every)
         )
-        same = check_meta(config, meta["dataset"], checkpoints.directory)
+        same = check_meta(config, meta["dataset"], checkpoints.directory, meta.get("parts", ()))
 
         def check(saved: dict[str, Any]) -> None:
             same(saved)
@@ -110,6 +111,14 @@ def train(config: Config) -> TrainState:
         f"training diverged at step {int(state.step)}: updates are not finite, "
         f"also after {config.train.max_rollbacks} returns to the last checkpoint (--train.max-rollbacks)"
     )
+
+
+def of_parts(dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint says of the order of the dataset, and of a mixture's parts."""
+    kinds = [order_kind(len(part)) for part in dataset.parts]
+    if not isinstance(dataset, Mixture):
+        return {"order": kinds[0]}
+    return {"order": kinds, "parts": [dataset_fingerprint(part.metadata) for part in dataset.parts]}
 
 
 def check_outputs(config: Config, metadata: LatentMetadata) -> None:
@@ -149,7 +158,7 @@ class Run:
     config: Config
     workdir: pathlib.Path
     mesh: Mesh
-    dataset: LatentDataset
+    dataset: Dataset
     program: Program
     checkpoints: Checkpoints
     meta: dict[str, Any]

@@ -107,7 +107,7 @@ BELOW_ONE = 1 - 2.0**-24
 
 _POSITIVE = """model.depth model.hidden_size model.num_heads model.patch_size model.in_channels model.mlp_ratio
 model.positions_side model.positions_base
-optim.learning_rate optim.eps train.batch_size train.steps train.log_every
+optim.learning_rate optim.eps data.local_cache_gb train.batch_size train.steps train.log_every
 train.checkpoint_every train.keep train.bad_steps train.sample_count train.sample_steps
 train.evaluate_count"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"

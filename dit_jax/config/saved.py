@@ -25,15 +25,16 @@ from dit_jax.config.upgrade import VERSION, upgraded
 KINDS = {"model": MODEL_KINDS, "diffusion": PROCESS_KINDS}
 
 
-UNSAID = {"data": ("mixture",)}
-"""Options that are left out where they are empty: a run without them is written as before there were any."""
+UNSAID = ("mixture", "local_cache", "local_cache_gb")
+"""Options of the data that are left out at their defaults: a run without them is written as before there were any."""
 
 
 def to_json(config: Config) -> str:
     """The config as indented JSON; `from_json` reads it back to an equal config."""
-    groups = dataclasses.asdict(config)
-    for group, names in UNSAID.items():
-        groups[group] = {name: value for name, value in groups[group].items() if value or name not in names}
+    groups, usual = dataclasses.asdict(config), dataclasses.asdict(DataConfig())
+    for name in UNSAID:
+        if groups["data"][name] == usual[name]:
+            del groups["data"][name]
     return json.dumps({"version": VERSION, **groups}, indent=2) + "\n"
 
 

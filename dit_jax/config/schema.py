@@ -62,6 +62,11 @@ class DataConfig:
     """Draw every image or its mirror with equal chance (needs a dataset prepared with mirrors)."""
     cache: Literal["none", "ram", "device"] = "none"
     """Hold the whole set in host or device memory."""
+    local_cache: str = ""
+    """Folder on each host's own disk, or in its memory, to which shards are copied before they are read (empty: they
+    are read where they lie)."""
+    local_cache_gb: float = 100.0
+    """Size of that folder at most, in units of 10^9 bytes; the shard unused for longest leaves first."""
     workers: int = 0
     """Threads that read ahead (0: chosen by the machine)."""
     vae: str = ""

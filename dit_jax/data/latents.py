@@ -23,6 +23,7 @@ from dit_jax.data.captions import Reader, captions_in
 from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, shard_name
 from dit_jax.data.mixture import Mixture, check_parts
 from dit_jax.data.records import features_of
+from dit_jax.data.shard_cache import ShardCache, open_cache
 from dit_jax.processes import on_lead
 
 MANY = 4096  # shards, of which each would be asked for its size at the start
@@ -32,7 +33,8 @@ class LatentDataset:
     """Random access to the records of a prepared dataset; safe to read from many threads.
 
     directory: a finished dataset. mirror: read the mirror image's moments too where they are stored. condition: what
-    is read beside them (None: the labels), which the records must hold.
+    is read beside them (None: the labels), which the records must hold. cache: where shards are copied before they
+    are read (None: they are read where they lie).
     Raises DataError where the folder holds no finished dataset or a shard is missing or of another size; of more than
     MANY shards the size is looked at when one is opened.
     """
@@ -42,6 +44,7 @@ class LatentDataset:
         directory: str | os.PathLike[str],
         mirror: bool = True,
         condition: AnyCondition | None = None,
+        cache: ShardCache | None = None,
     ):
         self.directory = pathlib.Path(directory)
         self.metadata: LatentMetadata = load_metadata(directory)
@@ -50,7 +53,8 @@ class LatentDataset:
         self.conditions = Reader(self.condition, m)
         self._check_shards()
         self._ends = np.cumsum(m.shard_counts)
-        self._reader = _readers()
+        self._cache = cache
+        self._reader = self._readers()
         self._views = m.moments_shape[0] if mirror else 1
         if len(self):
             # A damaged set shows at once; and what reading imports is imported here, in one thread: TFDS imports
@@ -188,31 +192,43 @@ class LatentDataset:
 
     def _read_shard(self, shard: int, positions: np.ndarray) -> Iterator[bytes]:
         """The records at these positions, one after the other: with embeddings they are large."""
-        file, size = os.fspath(self.shard(shard)), self.metadata.shard_bytes[shard]
         for at in positions.tolist():
             try:
                 # One range per record costs a third of the CPU time of one list of positions, which wakes the
                 # library's thread pool for each; the loader's threads read in parallel anyway.
-                (record,) = self._reader(file, size).read(at, at + 1)
+                (record,) = self._reader(shard).read(at, at + 1)
             except (OSError, ValueError, RuntimeError, IndexError) as error:
-                raise DataError(f"{file} cannot be read: {error}") from None
+                raise DataError(f"{self.shard(shard)} cannot be read: {error}") from None
             yield record
+
+    def _readers(self) -> Callable[[int], Any]:
+        """A function that gives a shard's open reader, the same one to all threads.
+
+        No more stay open than half of the files that this process may open; the one unused for longest goes first.
+        Its file closes when the last thread that still reads from it lets go. What has left a cache and is still open
+        has its place on the disk: that is a quarter of the cache, or one shard.
+        """
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = max(1, files // 2) if files != resource.RLIM_INFINITY else None
+        if self._cache and len(self):
+            of_cache = max(1, self._cache.limit // (4 * max(self.metadata.shard_bytes)))
+            most = min(most or of_cache, of_cache)
+        return functools.lru_cache(most)(self._open)
+
+    def _open(self, shard: int) -> Any:
+        """A reader of a shard, or of its copy in the cache."""
+        file, size = os.fspath(self.shard(shard)), self.metadata.shard_bytes[shard]
+        if self._cache is None:
+            return _open(file, size)
+        with self._cache.held(file, size, self.metadata.shard_sha256[shard]) as local:
+            return _open(os.fspath(local), size)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _reader=_readers())
-
-
-def _readers() -> Callable[[str, int], Any]:
-    """A function that gives a file's open reader, the same one to all threads.
-
-    No more stay open than half of the files that this process may open; the one unused for longest goes first. Its
-    file closes when the last thread that still reads from it lets go.
-    """
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return functools.lru_cache(max(1, files // 2) if files != resource.RLIM_INFINITY else None)(_open)
+        self.__dict__.update(state)
+        self._reader = self._readers()
 
 
 def _other_size(found: object, size: int) -> str:
@@ -271,7 +287,14 @@ def open_dataset(config: Config) -> LatentDataset | Mixture:
         check_parts(folders, found, kind)
     for folder, metadata in zip(folders, found, strict=True):
         check_dataset(metadata, config, folder)
-    parts = [LatentDataset(folder, mirror=config.data.mirror, condition=kind) for folder in folders]
+    cache = open_cache(config.data)
+    for folder, metadata in zip(folders, found, strict=True):
+        if cache and cache.limit < max(metadata.shard_bytes, default=0):
+            raise ConfigError(
+                f"--data.local-cache-gb is {config.data.local_cache_gb:g}; expected room for the largest shard of "
+                f"{folder}, {max(metadata.shard_bytes) / 1e9:.3g}"
+            )
+    parts = [LatentDataset(folder, config.data.mirror, kind, cache) for folder in folders]
     return Mixture(parts, [weight for _, weight in mixture]) if mixture else parts[0]
 
 

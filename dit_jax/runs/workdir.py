@@ -26,7 +26,7 @@ HARMLESS = {
     "model": {"name"},  # sizes count, not the name they came by
     "compute": {field.name for field in dataclasses.fields(ComputeConfig)},
     # Another VAE is another dataset, which is refused; of a mixture the weights count, wherever its parts lie.
-    "data": {"dir", "source", "cache", "workers", "vae"},
+    "data": {"dir", "source", "cache", "local_cache", "local_cache_gb", "workers", "vae"},
     "mesh": {"preset", "data", "fsdp", "tensor"},
     "train": {
         "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",

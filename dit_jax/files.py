@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from dit_jax import signals
+from dit_jax import paths, signals
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 
@@ -20,12 +20,16 @@ ROOM = 16 * 1024  # bytes that a folder must be able to take
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A path to write to, which becomes `path` when the block ends and goes away when it fails.
+def whole_file(path: paths.Named) -> Iterator[pathlib.Path]:
+    """A path on the disk to write to, which becomes `path` when the block ends and goes away when it fails.
 
     The folder is made. What `path` held before stays until then, also when the machine stops.
     """
-    target = pathlib.Path(path)
+    target = paths.to_path(path)
+    if paths.is_remote(target):
+        with _uploaded(target) as here:
+            yield here
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(target)
     signals.unfinished.add(os.fspath(beside))
@@ -43,9 +47,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A new folder to write into, which becomes `path` when the block ends and goes away when it fails."""
-    target = pathlib.Path(path)
+def whole_folder(path: paths.Named, last: str = "") -> Iterator[pathlib.Path]:
+    """A new folder on the disk to write into, which becomes `path` when the block ends and goes away when it fails.
+
+    In a bucket `last`, a name in the folder, appears after all else: by it others know that the folder is whole.
+    """
+    target = paths.to_path(path)
+    if paths.is_remote(target):
+        with _uploaded_folder(target, last) as here:
+            yield here
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(target)
     beside.mkdir()
@@ -58,12 +69,44 @@ def whole_folder(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     sync_folder(target.parent)
 
 
+@contextlib.contextmanager
+def _uploaded(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    with _staged() as folder:
+        here = folder / target.name
+        yield here
+        paths.upload(here, target)
+
+
+@contextlib.contextmanager
+def _uploaded_folder(target: pathlib.Path, last: str) -> Iterator[pathlib.Path]:
+    with _staged() as folder:
+        yield folder
+        files = sorted(paths.files_below(folder).items(), key=lambda found: found[0] == last)
+        try:
+            for name, file in files:
+                paths.upload(file, target / name)
+        except BaseException:
+            paths.remove(target)
+            raise
+
+
+@contextlib.contextmanager
+def _staged() -> Iterator[pathlib.Path]:
+    """A folder on the disk for what is then put into a bucket."""
+    with tempfile.TemporaryDirectory(prefix="dit_jax-") as folder:
+        signals.unfinished.add(folder)
+        try:
+            yield pathlib.Path(folder)
+        finally:
+            signals.unfinished.discard(folder)
+
+
 def _beside(target: pathlib.Path) -> pathlib.Path:
     """A name that is unique among processes and hosts that share a disk."""
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}")
 
 
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
+def write_whole(path: paths.Named, text: str) -> None:
     """Write a small file so that it is whole or not there at all."""
     with whole_file(path) as beside:
         beside.write_text(text)
@@ -86,8 +129,11 @@ def cache_folder() -> pathlib.Path:
 # ----------------------------------------------------------------------------------- checks up front
 
 
-def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
+def check_folder(option: str, folder: paths.Named) -> None:
     """Make `folder`. Raises ConfigError, naming the option, where no file can be written in it."""
+    if paths.is_remote(folder):
+        _check_bucket(option, paths.to_path(folder))
+        return
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -100,8 +146,24 @@ def check_folder(option: str, folder: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def check_file(option: str, path: str | os.PathLike[str], size: int = ROOM) -> None:
+def _check_bucket(option: str, folder: pathlib.Path) -> None:
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        problem = "no such bucket" if isinstance(error, FileNotFoundError) else error
+        raise ConfigError(
+            f"{option} is {shown(str(folder), 400)}, where nothing can be written ({problem}); "
+            "expected a folder of a bucket that is there and may be written"
+        ) from None
+
+
+def check_file(option: str, path: paths.Named, size: int = ROOM) -> None:
     """Raises ConfigError, naming the option, where the file `path` of `size` bytes cannot be written."""
+    if paths.is_remote(path):
+        _check_bucket(option, paths.to_path(path).parent)
+        return
     target, name = pathlib.Path(path), shown(os.fspath(path), 400)
     if not target.name:
         raise ConfigError(f"{option} is {name}, which names no file; expected a file")

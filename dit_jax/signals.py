@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ EXIT_INTERRUPTED = 130  # as shells say of SIGINT
 _lines: dict[int, tuple[int, str]] = {}  # signal -> exit code and what is said
 _leaving = threading.Lock()
 unfinished: set[str] = set()
-"""Files that are removed where the process ends without unwinding."""
+"""Files and folders that are removed where the process ends without unwinding."""
 
 
 def leave_on_signals(program: str, interrupted: str, stopped: str = "") -> None:
@@ -69,7 +70,7 @@ def remove_unfinished() -> None:
     """Before an end without unwinding."""
     for path in list(unfinished):
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
 def _end(code: int, line: str) -> None:

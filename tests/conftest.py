@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import subprocess
+import sys
 import warnings
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -33,6 +35,8 @@ from dit_jax.data.sources import ArraySource
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "servers"))
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", ".cache/jax")  # a second run of the tests compiles little
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -50,8 +54,6 @@ def default_precision():
 @pytest.fixture(scope="session")
 def data_dir():
     """tests/data: the small golden files."""
-    import pathlib
-
     return pathlib.Path(__file__).parent / "data"
 
 
@@ -333,3 +335,27 @@ def sd3_folder(sd3_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sd3") / "small"
     sd3_pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def google():
+    """A server that is Google Cloud Storage to all its clients in this process and in those that it starts."""
+    import bucket_server
+
+    with bucket_server.google() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def amazon():
+    """A server that is Amazon S3, likewise."""
+    import bucket_server
+
+    with bucket_server.amazon() as store:
+        yield store
+
+
+@pytest.fixture(params=["google", "amazon"])
+def store(request):
+    """Each kind of store, with nothing wrong with it."""
+    return request.getfixturevalue(request.param)

@@ -1,0 +1,180 @@
+"""Paths that people name, on a disk or in a bucket: the one place that tells them apart.
+
+`gs://bucket/folder` and `s3://bucket/folder` become objects with the methods of pathlib.Path (universal_pathlib).
+They are no os.PathLike: `open()` and os.path refuse them, instead of making a folder named "gs:".
+
+A bucket knows whole objects under names with slashes in them: folders need not be made, and nothing is renamed. An
+object is there when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from dit_jax.buckets import SCHEMES
+
+Named = str | os.PathLike[str] | pathlib.Path
+
+
+def is_remote(path: Named) -> bool:
+    """Whether a path lies in a bucket."""
+    return str(path).startswith(SCHEMES)
+
+
+def to_path(name: Named) -> pathlib.Path:
+    """The path that `name` says: a pathlib.Path, or for a bucket what acts like one.
+
+    Raises ConfigError where it is in a bucket and the libraries for that are missing.
+    """
+    if not is_remote(name):
+        return pathlib.Path(name)
+    _registered()
+    from upath import UPath
+
+    scheme, _, rest = str(name).partition("://")
+    parts = [part for part in rest.split("/") if part]  # "a//b" would be another object than "a/b"
+    return UPath(f"{scheme}://{'/'.join(parts)}")  # type: ignore[return-value]
+
+
+def from_user(name: Named) -> pathlib.Path:
+    """The path that a user has written, where ~ is the user's home."""
+    return to_path(name) if is_remote(name) else pathlib.Path(name).expanduser()
+
+
+def absolute(path: Named) -> str:
+    """The whole name of a path, as text."""
+    return str(path) if is_remote(path) else os.path.abspath(path)
+
+
+@functools.cache
+def _registered() -> None:
+    from dit_jax import buckets
+
+    buckets.register()
+    try:
+        import upath  # noqa: F401
+    except ImportError:
+        from dit_jax.config import ConfigError
+
+        raise ConfigError(
+            f"paths in buckets need universal_pathlib, which is not installed; {buckets.HELP}"
+        ) from None
+
+
+def file_system(path: pathlib.Path) -> Any:
+    """fsspec's file system of a path in a bucket."""
+    return path.fs  # type: ignore[attr-defined]
+
+
+def key_of(path: pathlib.Path) -> str:
+    """bucket/name of a path in a bucket, as its file system takes it."""
+    return path.path  # type: ignore[attr-defined]
+
+
+# --------------------------------------------------------------------------------- what both can do
+
+
+def files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """All files below a folder by their name relative to it, in order; none where there is no such folder."""
+    if not is_remote(folder):
+        return {
+            file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
+        }
+    start = key_of(folder).rstrip("/") + "/"
+    names = (name.removeprefix(start) for name in file_system(folder).find(key_of(folder)))
+    return {name: folder / name for name in sorted(names) if name}
+
+
+def names_in(folder: pathlib.Path) -> list[str]:
+    """Names of what lies in a folder, in order; none where there is no such folder."""
+    if not is_remote(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        found = file_system(folder).ls(key_of(folder), detail=False)
+    except FileNotFoundError:
+        return []
+    start = key_of(folder).rstrip("/") + "/"
+    return sorted(name for path in found if (name := path.removeprefix(start).rstrip("/")) and path != start)
+
+
+def size_of(file: pathlib.Path) -> int:
+    """Bytes of a file."""
+    return file.stat().st_size
+
+
+def move(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Give a file or a folder another name on its disk or in its bucket, where nothing has that name."""
+    if not is_remote(path):
+        os.rename(path, to)
+        return
+    store = file_system(path)
+    for name, file in (files_below(path) or {"": path}).items():
+        store.copy(key_of(file), key_of(to / name if name else to))
+    remove(path)
+
+
+def remove(path: pathlib.Path) -> None:
+    """Remove a file, or a folder with all that is in it; one that is not there is no error."""
+    if is_remote(path):
+        with contextlib.suppress(FileNotFoundError):
+            file_system(path).rm(key_of(path), recursive=True)
+    elif os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def copy(source: pathlib.Path, to: pathlib.Path) -> None:
+    """Copy a file, between disks and buckets."""
+    if is_remote(to):
+        with local_file(source) as here:
+            upload(here, to)
+    elif is_remote(source):
+        file_system(source).get_file(key_of(source), os.fspath(to))
+    else:
+        shutil.copyfile(source, to)
+
+
+def upload(file: pathlib.Path, to: pathlib.Path) -> None:
+    """Put a local file into a bucket, where it appears when it is whole."""
+    file_system(to).put_file(os.fspath(file), key_of(to))
+
+
+def create(file: pathlib.Path, text: str) -> None:
+    """Write a small object into a bucket. Of several processes that do this one wins; in the others, and where the
+    object is there already, it raises FileExistsError."""
+    file_system(file).pipe_file(key_of(file), text.encode(), mode="create")
+
+
+@contextlib.contextmanager
+def local_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The file itself, or of one in a bucket a copy on the disk as long as the block runs: for libraries that want a
+    file's name. Raises FileNotFoundError."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        here = pathlib.Path(folder) / path.name
+        copy(path, here)
+        yield here
+
+
+@contextlib.contextmanager
+def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The folder itself, or of one in a bucket a copy on the disk as long as the block runs."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        here = pathlib.Path(folder) / path.name
+        for name, file in files_below(path).items():
+            (here / name).parent.mkdir(parents=True, exist_ok=True)
+            copy(file, here / name)
+        yield here

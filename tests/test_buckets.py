@@ -1,0 +1,184 @@
+"""Paths in buckets do what paths on a disk do; what a store refuses is said in one sentence."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from dit_jax import buckets, leases, paths
+from dit_jax.config import ConfigError
+from dit_jax.files import check_file, check_folder, whole_file, whole_folder, write_whole
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def folder(store):
+    return paths.to_path(f"{store.bucket()}/runs//one/")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Google's store is asked again at once, Amazon's fewer times."""
+    import asyncio
+
+    import gcsfs.retry
+    import s3fs.core
+
+    monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
+    monkeypatch.setattr(s3fs.core.S3FileSystem, "retries", 1)
+
+
+def test_a_path_on_a_disk_stays_one(tmp_path):
+    assert type(paths.to_path(tmp_path)) is type(tmp_path) and paths.to_path(str(tmp_path)) == tmp_path
+    assert paths.from_user("~") == pathlib.Path.home()
+    assert not paths.is_remote("gs:/bucket") and not paths.is_remote("runs/gs://")
+
+
+def test_a_bucket_does_what_a_folder_does(folder, tmp_path):
+    assert str(folder).endswith("/runs/one") and paths.absolute(folder) == str(folder)
+    assert paths.names_in(folder) == [] and paths.files_below(folder) == {}
+    write_whole(folder / "a" / "b.txt", "hello")
+    with whole_file(folder / "c.bin") as here:
+        here.write_bytes(b"12345")
+        assert not (folder / "c.bin").exists()  # it appears when it is whole
+    assert paths.names_in(folder) == ["a", "c.bin"] and list(paths.files_below(folder)) == [
+        "a/b.txt",
+        "c.bin",
+    ]
+    assert (folder / "a" / "b.txt").read_text() == "hello" and paths.size_of(folder / "c.bin") == 5
+    with paths.local_folder(folder) as here:
+        assert (here / "a" / "b.txt").read_text() == "hello"
+    with paths.local_file(folder / "c.bin") as here:
+        assert isinstance(here, pathlib.Path) and here.read_bytes() == b"12345"
+    paths.move(folder / "a", folder / "moved")
+    assert list(paths.files_below(folder)) == ["c.bin", "moved/b.txt"]
+    paths.copy(folder / "moved" / "b.txt", tmp_path / "here.txt")
+    assert (tmp_path / "here.txt").read_text() == "hello"
+    paths.remove(folder)
+    paths.remove(folder)
+    assert paths.names_in(folder) == []
+    with pytest.raises(TypeError):
+        os.stat(folder / "c.bin")  # never a folder of the disk named "gs:"
+
+
+def test_a_folder_is_whole_when_its_last_file_is_there(folder, store):
+    def write(fail=False):
+        with whole_folder(folder, last="config.json") as here:
+            (here / "config.json").write_text("{}")
+            (here / "weights").mkdir()
+            (here / "weights" / "a").write_text("a")
+            if fail:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(fail=True)
+    assert paths.files_below(folder) == {}
+    store.requests.clear()
+    write()
+    assert list(paths.files_below(folder)) == ["config.json", "weights/a"]
+    puts = [path for method, path in store.requests if method in ("POST", "PUT")]
+    assert "config.json" in puts[-1] and "weights" in puts[0], puts
+    paths.remove(folder)
+    refused = store.failing(
+        lambda method, path: method in ("POST", "PUT") and "config.json" in path, status=403
+    )
+    with refused, pytest.raises(OSError, match="refuses"):
+        write()
+    assert paths.files_below(folder) == {}  # no half
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(folder, store):
+    write_whole(folder / "file", "text")
+    with store.failing(status=503, times=2) as fault:
+        assert (folder / "file").read_text() == "text" and fault.seen == 2
+    with store.failing(cut=True, times=1) as fault:
+        assert (folder / "file").read_text() == "text" and fault.seen == 1
+    with store.failing(lambda method, path: method in ("PUT", "POST"), status=503, times=1) as fault:
+        write_whole(folder / "file", "new")
+        assert fault.seen == 1
+    assert (folder / "file").read_text() == "new"
+
+
+def test_a_bucket_that_takes_nothing_is_refused_up_front(folder, store):
+    import bucket_server
+
+    check_folder("--train.workdir", folder)
+    check_file("--out", folder / "samples.png")
+    assert paths.names_in(folder) == []
+    with (
+        store.failing(bucket_server.writes, status=403),
+        pytest.raises(ConfigError, match=r"--train.workdir is '.*one', where nothing can be written \(.*"),
+    ):
+        check_folder("--train.workdir", folder)
+    gone = str(folder).replace("bucket-", "no-bucket-")
+    with pytest.raises(
+        ConfigError, match=r"--out is '.*one', where nothing can be written \(.*expected a folder of a"
+    ):
+        check_file("--out", f"{gone}/samples.png")
+
+
+def test_what_a_store_does_not_get_over_is_one_sentence(folder, store, impatient):
+    with (
+        store.failing(status=503),
+        pytest.raises(buckets.BucketError, match=r"the store refuses or does not answer"),
+    ):
+        (folder / "file").read_text()
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ConfigError, match=r"need s3fs, .*pip install 'dit_jax\[bucket\]'"):
+        buckets.register()
+
+
+# ------------------------------------------------------------------------------------------- leases
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "POLL_SECONDS", 0.05)
+
+
+def test_one_owner_at_a_time(folder, quick):
+    lost = []
+    lock = folder / "lock"
+    with leases.leased(lock, lost.append), pytest.raises(leases.HeldError), leases.leased(lock, lost.append):
+        pass
+    with leases.leased(folder / "lock", lost.append):  # it was let go
+        assert len(paths.names_in(folder)) == 1
+    assert lost == []
+
+
+def test_of_two_that_take_it_at_once_one_wins(folder, quick, monkeypatch):
+    monkeypatch.setattr(leases, "_is_free", lambda *_: True)  # both have seen the same free one
+    seen = leases._numbers
+    monkeypatch.setattr(leases, "_numbers", lambda thing: seen(thing)[:0] or [0])
+    assert leases._take(folder / "lock") == 1
+    with pytest.raises(leases.HeldError):
+        leases._take(folder / "lock")
+
+
+def test_what_nobody_renews_is_taken_over_and_its_owner_hears_of_it(folder, quick, monkeypatch):
+    lost = []
+    with leases.leased(folder / "lock", lost.append):
+        monkeypatch.setattr(leases, "_is_free", lambda *_: True)  # as if this one had slept
+        with leases.leased(folder / "lock", lost.append, wait=True):
+            deadline = 200
+            while not lost and deadline:
+                deadline -= 1
+                leases.time.sleep(0.05)
+    assert len(lost) == 1 and "another process has taken over" in lost[0]
+
+
+def test_a_dead_process_of_this_machine_is_no_owner(folder):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mine = leases._mine()
+    paths.create(folder / "lock.7", mine.replace(f'"pid": {os.getpid()}', f'"pid": {gone.pid}'))
+    assert leases._take(folder / "lock") == 8
+    assert not leases._is_dead(mine) and not leases._is_dead("nonsense") and not leases._is_dead(None)

@@ -25,6 +25,8 @@ def _retold(error: Exception, where: str) -> Exception:
     """What a library of a store raised, as an OSError in one sentence; the usual kinds stay as they are."""
     if isinstance(error, (FileNotFoundError, FileExistsError, BucketError, TypeError, ValueError, KeyError)):
         return error
+    if "pre-condition" in str(error):
+        return FileExistsError(where)
     code = getattr(error, "code", None)  # of gcsfs' errors, whose text may be empty
     said = f"HTTP {code}" if code else " ".join(str(error).split()) or type(error).__name__
     return BucketError(f"{where}: the store refuses or does not answer ({said[:300]})")

@@ -25,8 +25,6 @@ def _retold(error: Exception, where: str) -> Exception:
     """What a library of a store raised, as an OSError in one sentence; the usual kinds stay as they are."""
     if isinstance(error, (FileNotFoundError, FileExistsError, BucketError, TypeError, ValueError, KeyError)):
         return error
-    if "pre-condition" in str(error):
-        return FileExistsError(where)
     code = getattr(error, "code", None)  # of gcsfs' errors, whose text may be empty
     said = f"HTTP {code}" if code else " ".join(str(error).split()) or type(error).__name__
     return BucketError(f"{where}: the store refuses or does not answer ({said[:300]})")
@@ -61,7 +59,10 @@ def register() -> None:
             try:
                 return await super()._call_s3(method, *args, **kwargs)
             except Exception as error:
-                raise _retold(error, f"s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', '')}") from None
+                where = f"s3://{kwargs.get('Bucket', '')}/{kwargs.get('Key', '')}"
+                if "IfNoneMatch" in kwargs and "pre-condition" in str(error):
+                    raise FileExistsError(where) from None
+                raise _retold(error, where) from None
 
     for scheme, kind in (("gs", GoogleBuckets), ("gcs", GoogleBuckets), ("s3", AmazonBuckets)):
         fsspec.register_implementation(scheme, kind, clobber=True)

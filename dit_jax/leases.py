@@ -117,7 +117,7 @@ def _object(thing: pathlib.Path, number: int) -> pathlib.Path:
 
 def _read(thing: pathlib.Path, number: int) -> str | None:
     try:
-        return _object(thing, number).read_text()
+        return paths.read_bytes(_object(thing, number)).decode()
     except FileNotFoundError:
         return None
 

@@ -147,6 +147,11 @@ def upload(file: pathlib.Path, to: pathlib.Path) -> None:
     file_system(to).put_file(os.fspath(file), key_of(to))
 
 
+def read_bytes(file: pathlib.Path) -> bytes:
+    """All of a file, as it was at one moment: another process may be replacing it."""
+    return file_system(file).cat_file(key_of(file)) if is_remote(file) else file.read_bytes()
+
+
 def create(file: pathlib.Path, text: str) -> None:
     """Write a small object into a bucket. Of several processes that do this one wins; in the others, and where the
     object is there already, it raises FileExistsError."""

@@ -32,7 +32,7 @@ ALIKE_MS = 60_000
 POLL_SECONDS = 0.5
 FAREWELL_SECONDS = 10.0  # how long process 0, which keeps the store, waits for the others to have read it
 _CODE, _LEFT = "dit_jax/exit_code", "dit_jax/left"
-_calls, _failures, _agreements = itertools.count(), itertools.count(), itertools.count()
+_calls, _failures, _agreements, _gathers = (itertools.count() for _ in range(4))
 _TOLD_APART = (ConfigError, FloatingPointError, OSError, jax.errors.JaxRuntimeError)
 _ending = threading.Lock()
 _joined = False
@@ -59,6 +59,22 @@ def on_lead(do: Callable[[], T]) -> T:
     if "error" in said:
         raise _error(*said["error"])
     return said["result"]
+
+
+def gather(mine: Any) -> list[Any]:
+    """What each process says, in their order, in every process: all call this. It is something that JSON can say."""
+    if jax.process_count() == 1:
+        return [mine]
+    store, key = _store(), f"dit_jax/gather/{next(_gathers)}"
+    if jax.process_index():
+        store.key_value_set(f"{key}/{jax.process_index()}", json.dumps(mine))
+
+    def all_of_them() -> list[Any]:
+        others = range(1, jax.process_count())
+        said = (store.blocking_key_value_get(f"{key}/{other}", FOREVER_MS) for other in others)
+        return [json.loads(json.dumps(mine)), *map(json.loads, said)]
+
+    return on_lead(all_of_them)
 
 
 def all_fail_alike() -> None:

@@ -113,7 +113,8 @@ train.evaluate_count"""
 _SHARES = "model.class_dropout_prob optim.b1 optim.b2 optim.ema_decay"
 _NOT_NEGATIVE = """model.num_classes model.dual_blocks optim.warmup_steps optim.weight_decay
 optim.grad_clip train.sample_every train.seed train.microbatch train.milestone_every
-train.snapshot_every train.max_rollbacks train.stall_minutes train.evaluate_every data.workers"""
+train.snapshot_every train.max_rollbacks train.stall_minutes train.evaluate_every data.workers
+train.local_checkpoint_every"""
 _AT_MOST = {  # beyond is a slip of the keyboard, which would end in hours of tracing or in no memory
     "model.depth": 10_000, "model.hidden_size": 2**17, "model.num_heads": 2**17, "model.patch_size": 2**12,
     "model.in_channels": 2**12, "model.mlp_ratio": 1024, "model.num_classes": 2**30,

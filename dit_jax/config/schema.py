@@ -138,6 +138,11 @@ class TrainConfig:
     """Steps between lines of metrics."""
     checkpoint_every: int = 10_000
     """Steps between checkpoints; one more is written at the end."""
+    local_checkpoint_every: int = 0
+    """Steps between emergency copies of the state on the hosts themselves, each part on two of them (0: none); a run
+    that goes on takes the newest, if that is newer than its checkpoints."""
+    local_checkpoint_dir: str = ""
+    """Folder of a host for them (empty: /dev/shm where it has room, else the system's temporary folder)."""
     keep: int = 3
     """Newest checkpoints kept; the one with the best loss is kept as well."""
     milestone_every: int = 0

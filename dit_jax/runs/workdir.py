@@ -32,7 +32,7 @@ HARMLESS = {
         "workdir", "microbatch", "steps", "log_every", "checkpoint_every", "keep", "milestone_every",
         "snapshot_every", "bad_steps", "stall_minutes", "profile_steps", "max_rollbacks", "init_from",
         "sample_every", "sample_count", "sample_steps", "sample_cfg_scale", "evaluate_every", "evaluate_count",
-        "evaluate_reference",
+        "evaluate_reference", "local_checkpoint_every", "local_checkpoint_dir",
     },
 }  # fmt: skip
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import pathlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ from dit_jax.data.mixture import Mixture
 from dit_jax.files import check_folder
 from dit_jax.processes import on_lead
 from dit_jax.runs.checkpoint import Checkpoints, say
-from dit_jax.runs.log import MetricsLog
+from dit_jax.runs.copies import Copies
+from dit_jax.runs.log import MetricsLog, read_lines
 from dit_jax.runs.snapshots import Snapshots
 from dit_jax.runs.state import TrainState, zero_totals
 from dit_jax.runs.weights import initial_weights
@@ -37,6 +39,7 @@ from dit_jax.runs.workdir import (
     meta_of,
     write_description,
 )
+from dit_jax.training.goodput import Goodput
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.profile import Profile
 from dit_jax.training.program import Program, build_program
@@ -60,6 +63,7 @@ def train(config: Config) -> TrainState:
     other, the devices, the dataset or the run that the workdir holds, and TrainingDivergedError.
     """
     workdir = pathlib.Path(config.train.workdir)
+    goodput = Goodput(workdir)
     check_workdir(config, workdir)
     mesh = make_mesh(config.mesh)
     dataset = open_dataset(config)
@@ -79,6 +83,7 @@ def train(config: Config) -> TrainState:
     meta = meta_of(config, dataset_fingerprint(metadata)) | of_parts(dataset)
     with contextlib.ExitStack() as stack:
         stack.enter_context(hold(workdir))
+        goodput.carry()
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.train.keep, config.train.milestone_every)
         )
@@ -88,29 +93,17 @@ def train(config: Config) -> TrainState:
             same(saved)
             meta["order"] = saved.get("order", "sorted")  # a run keeps the order that it began with
 
-        state = checkpoints.restore(program.state, check)
+        copies = copies_of(config, workdir, program)
+        if copies:
+            stack.enter_context(copies)
+        with goodput.spent_on("restore"):
+            state = newest_state(config, workdir, program, checkpoints, copies, check)
         if state is None:
             state = first_state(config, program, metadata.label_names)
-        else:
-            say(f"going on from step {int(state.step)} in {workdir}")
         write_description(config, metadata, workdir)
         stop = stack.enter_context(StopSignal())
-        run = Run(config, workdir, mesh, dataset, program, checkpoints, meta, stop, ruler)
-        for rollbacks in range(config.train.max_rollbacks + 1):
-            state = run.go_on(state)
-            if int(state.bad_streak) < config.train.bad_steps:
-                checkpoints.wait()  # a signal that comes now must not cost the last one
-                return state
-            if rollbacks < config.train.max_rollbacks:
-                failed, state = state, run.last_good(state)
-                say(
-                    f"the last {int(failed.bad_streak)} updates up to step {int(failed.step)} were not finite: "
-                    f"going back to step {int(state.step)} and on with other data"
-                )
-    raise TrainingDivergedError(
-        f"training diverged at step {int(state.step)}: updates are not finite, "
-        f"also after {config.train.max_rollbacks} returns to the last checkpoint (--train.max-rollbacks)"
-    )
+        run = Run(config, workdir, mesh, dataset, program, checkpoints, copies, meta, stop, ruler, goodput)
+        return run.to_the_end(state)
 
 
 def of_parts(dataset: Dataset) -> dict[str, Any]:
@@ -139,6 +132,45 @@ def ruler_of(config: Config, metadata: LatentMetadata) -> Ruler | None:
     return open_watch(config, metadata)
 
 
+def copies_of(config: Config, workdir: pathlib.Path, program: Program) -> Copies | None:
+    """The emergency copies of the run, if it makes any."""
+    t = config.train
+    if not t.local_checkpoint_every:
+        return None
+    return Copies(workdir, t.local_checkpoint_dir, program.state)
+
+
+def newest_state(
+    config: Config, workdir: pathlib.Path, program: Program, checkpoints: Checkpoints, copies: Copies | None,
+    check: Callable[[dict[str, Any]], None],
+) -> TrainState | None:  # fmt: skip
+    """The newest state that is saved: a copy on the hosts, or a checkpoint."""
+    t = config.train
+    newest = max(checkpoints.steps(), default=0)
+    kept = {  # for good: a copy of a later step cannot make up for one that was not finished
+        "checkpoints": math.lcm(t.milestone_every, t.checkpoint_every),
+        "snapshots": t.snapshot_every if config.optim.ema_sigma_rel else 0,
+    }
+
+    def fits(step: int) -> bool:
+        wanted = (
+            workdir / name / str(s)
+            for name, every in kept.items()
+            if every
+            for s in range(newest - newest % every + every, step + 1, every)
+        )
+        return on_lead(lambda: all(folder.exists() for folder in wanted))
+
+    state = copies.restore(newest, check, fits) if copies else None
+    if state is not None:
+        say(f"going on from step {int(state.step)} in {workdir}, from the copies on the hosts")
+        return state
+    state = checkpoints.restore(program.state, check)
+    if state is not None:
+        say(f"going on from step {int(state.step)} in {workdir}")
+    return state
+
+
 def first_state(config: Config, program: Program, label_names: Sequence[str]) -> TrainState:
     """The state at step 0: fresh, or from the weights of another run."""
     if config.lora.rank and not config.train.init_from:
@@ -161,13 +193,40 @@ class Run:
     dataset: Dataset
     program: Program
     checkpoints: Checkpoints
+    copies: Copies | None
     meta: dict[str, Any]
     stop: StopSignal
     ruler: Ruler | None
+    goodput: Goodput
+
+    def to_the_end(self, state: TrainState) -> TrainState:
+        """Train from `state` to the last step or a request to stop, with all saved; raises TrainingDivergedError."""
+        t = self.config.train
+        for rollbacks in range(t.max_rollbacks + 1):
+            state = self.go_on(state)
+            if int(state.bad_streak) < t.bad_steps:
+                with self.goodput.spent_on("save"):
+                    self.checkpoints.wait()  # a signal that comes now must not cost the last one
+                    if self.copies:
+                        self.copies.drop()
+                self.goodput.note(int(state.step), always=True)
+                say(str(self.goodput))
+                return state
+            if rollbacks < t.max_rollbacks:
+                failed, state = state, self.last_good(state)
+                say(
+                    f"the last {int(failed.bad_streak)} updates up to step {int(failed.step)} were not finite: "
+                    f"going back to step {int(state.step)} and on with other data"
+                )
+        raise TrainingDivergedError(
+            f"training diverged at step {int(state.step)}: updates are not finite, "
+            f"also after {t.max_rollbacks} returns to the last checkpoint (--train.max-rollbacks)"
+        )
 
     def go_on(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step, a request to stop, or too many bad updates in a row."""
-        config, t, step = self.config, self.config.train, int(state.step)
+        config, t, step, goodput = self.config, self.config.train, int(state.step), self.goodput
+        goodput.go_on(step, read_lines(self.workdir / "metrics.jsonl"))  # before the lost ones are dropped
         first = step + int(state.data_offset)
         data = self.data(first)
         bar = tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
@@ -185,7 +244,9 @@ class Run:
         ):  # fmt: skip
             while step < t.steps:
                 profile.before(step + 1)
-                state, metrics = self.program.step(state, next(data))
+                with goodput.spent_on("data"):
+                    batch = next(data)
+                state, metrics = self.program.step(state, batch)
                 step += 1
                 profile.after(step, metrics)
                 loss: float | None = None  # of the window of the log that ends here
@@ -195,6 +256,8 @@ class Run:
                 if not clock.started:  # compilation is over
                     jax.block_until_ready(metrics)
                     clock.lap(step)
+                    goodput.switch("step")
+                goodput.note(step)
                 watchdog.step(step)
                 bar.update()
 
@@ -205,7 +268,7 @@ class Run:
                     if step % t.log_every == 0:  # a run that is extended later completes the window
                         loss = line.get("loss")
                         state = dataclasses.replace(state, totals=no_totals())
-                    line |= clock.lap(step)
+                    line |= clock.lap(step) | goodput.line()
                     with clock.paused():
                         line["param_norm"] = float(param_norm(state.params))
                     log.write(step, line)
@@ -213,11 +276,7 @@ class Run:
                     if int(state.bad_streak) >= t.bad_steps:
                         return state
                 with clock.paused(), watchdog.paused():
-                    snapshots.save(state, step)
-                    due = step % t.checkpoint_every == 0
-                    # A state whose last update failed is no place to go back to.
-                    if last or (due and int(state.bad_streak) == 0):
-                        self.checkpoints.save(state, self.meta, loss)
+                    self.save(state, step, loss, snapshots)
                     self.watch(state, step, last, log)
                 if not last and self.stops(state, step, loss):
                     break
@@ -229,12 +288,25 @@ class Run:
         split, order = batch_sharding(self.mesh), self.meta["order"]
         return batches(self.dataset, t.batch_size, t.seed, first, split, d.cache, d.workers, order)
 
+    def save(self, state: TrainState, step: int, loss: float | None, snapshots: Snapshots) -> None:
+        """Start the saves that are due after this step."""
+        t = self.config.train
+        with self.goodput.spent_on("save"):
+            snapshots.save(state, step)
+            due = step % t.checkpoint_every == 0
+            # A state whose last update failed is no place to go back to.
+            if step == t.steps or (due and int(state.bad_streak) == 0):
+                self.checkpoints.save(state, self.meta, loss)
+            elif self.copies and step % t.local_checkpoint_every == 0 and int(state.bad_streak) == 0:
+                self.copies.take(state, self.meta)
+
     def stops(self, state: TrainState, step: int, loss: float | None) -> bool:
         """Whether a signal has asked the run to stop; this step is saved then."""
         if not self.stop.requested(step):
             return False
-        self.checkpoints.save(state, self.meta, loss)
-        self.checkpoints.wait()
+        with self.goodput.spent_on("save"):
+            self.checkpoints.save(state, self.meta, loss)
+            self.checkpoints.wait()
         say(f"asked to stop: step {step} is saved, the same command goes on from it")
         return True
 
@@ -245,7 +317,8 @@ class Run:
             (self.config.train.evaluate_every, lambda: self.evaluate(state, step, log)),
         ):
             if every and (last or step % every == 0):
-                do()
+                with self.goodput.spent_on("samples"):
+                    do()
 
     def sample(self, state: TrainState, step: int) -> None:
         """Write the grid of samples of this step."""
@@ -283,10 +356,13 @@ class Run:
 
     def last_good(self, failed: TrainState) -> TrainState:
         """The newest checkpoint, or the start, with data from after the step that failed."""
-        self.checkpoints.settle()
-        state = self.checkpoints.restore(self.program.state) or first_state(
-            self.config, self.program, self.dataset.metadata.label_names
-        )
+        with self.goodput.spent_on("restore"):
+            self.checkpoints.settle()
+            state = self.checkpoints.restore(self.program.state) or first_state(
+                self.config, self.program, self.dataset.metadata.label_names
+            )
+            if self.copies:
+                self.copies.drop(int(state.step))
         return dataclasses.replace(state, data_offset=failed.step + failed.data_offset - state.step)
 
 

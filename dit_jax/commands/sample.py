@@ -32,6 +32,10 @@ def _compile_for(program: str, args: command.SampleArgs, topology: str) -> int:
     options = command.sampling_options(args)
     if args.source is not None:
         raise ConfigError(f"--from is {args.source} with --compile-for; expected --config or --workdir")
+    if args.size is not None:
+        raise ConfigError(
+            f"--size is {args.size} with --compile-for; expected none, or --model.input-size in a recipe"
+        )
     config = resolve(load(args.config)) if args.config else command.load_run(args.workdir).config
     model = build_model(config)
     check_sampling(model, config, options, model.condition.in_turn(1))

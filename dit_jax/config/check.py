@@ -164,6 +164,7 @@ def _check_values(config: Config) -> None:
     profiled_steps(config.train.profile_steps)
     _check_mixture(config.data.mixture)
     _check_model(config)
+    _check_sizes(config)
     for group in ("diffusion", "text", "lora"):
         for good, option, found, expected in getattr(config, group).rules():
             _require(good, f"{group}.{option}", found, expected)
@@ -224,6 +225,24 @@ def _check_model(config: Config) -> None:
     )  # fmt: skip
     if isinstance(m, MMDiTConfig):
         _check_mmdit(config, m)
+
+
+def _check_sizes(config: Config) -> None:
+    sizes, model = config.data.sizes, config.model
+    _require(not sizes or config.data.mixture != (), "data.sizes", sizes, "none without a --data.mixture")
+    _require(
+        not sizes or config.data.cache != "device",
+        "data.cache", "device", "none or ram with --data.sizes: arrays on a device are of one size",
+    )  # fmt: skip
+    for size in sizes:
+        _require(
+            sizes.count(size) == 1 and size != model.input_size,
+            "data.sizes", sizes, "each size once, and --model.input-size not among them",
+        )  # fmt: skip
+        try:
+            _check_model(dataclasses.replace(config, model=dataclasses.replace(model, input_size=size)))
+        except ConfigError as error:
+            raise ConfigError(f"--data.sizes names {size}, which does not serve: {error}") from None
 
 
 def _check_mmdit(config: Config, m: MMDiTConfig) -> None:

@@ -25,7 +25,7 @@ from dit_jax.config.upgrade import VERSION, upgraded
 KINDS = {"model": MODEL_KINDS, "diffusion": PROCESS_KINDS}
 
 
-UNSAID = ("mixture", "local_cache", "local_cache_gb")
+UNSAID = ("mixture", "sizes", "local_cache", "local_cache_gb")
 """Options of the data that are left out at their defaults: a run without them is written as before there were any."""
 
 

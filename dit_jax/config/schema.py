@@ -55,6 +55,9 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...] = ()
     """Several datasets in the place of `dir`, each with its weight, such as data/a 3 data/b 1: three quarters of a
     run's records are of the first. They must have the same autoencoder, latents and classes or captions."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of latents that parts of the mixture may have besides --model.input-size, such as 24 40 40
+    24: a batch is of one size then, and its part is drawn by the weights at every step."""
     source: str = ""
     """Where to prepare the dataset from when `dir` does not exist yet: digits, or digits-text, pairs of them with
     captions, which need no download."""

@@ -284,7 +284,12 @@ def open_dataset(config: Config) -> LatentDataset | Mixture:
         _prepare_embedded(config.data.source, config.data.dir)
     found = [load_metadata(folder) for folder in folders]
     if mixture:
-        check_parts(folders, found, kind)
+        check_parts(folders, found, kind, bool(config.data.sizes))
+        if config.model.input_size not in {metadata.latent_shape[:2] for metadata in found}:
+            raise ConfigError(
+                f"--model.input-size is {config.model.input_size}; expected the size of a part of --data.mixture, "
+                f"{' or '.join(sorted({str(metadata.latent_shape[:2]) for metadata in found}))}"
+            )
     for folder, metadata in zip(folders, found, strict=True):
         check_dataset(metadata, config, folder)
     cache = open_cache(config.data)
@@ -295,13 +300,20 @@ def open_dataset(config: Config) -> LatentDataset | Mixture:
                 f"{folder}, {max(metadata.shard_bytes) / 1e9:.3g}"
             )
     parts = [LatentDataset(folder, config.data.mirror, kind, cache) for folder in folders]
-    return Mixture(parts, [weight for _, weight in mixture]) if mixture else parts[0]
+    weights = [weight for _, weight in mixture]
+    return Mixture(parts, weights, config.model.input_size) if mixture else parts[0]
 
 
 def check_dataset(metadata: LatentMetadata, config: Config, folder: str = "") -> None:
     """Raise ConfigError, in one sentence, where a dataset, in `folder` or else the config's, contradicts a config."""
     where, model = f"the dataset in {folder or config.data.dir}", config.model
-    if metadata.latent_shape != (*model.input_size, model.in_channels):
+    sizes = (model.input_size, *config.data.sizes)
+    if config.data.sizes and metadata.latent_shape not in [(*size, model.in_channels) for size in sizes]:
+        raise ConfigError(
+            f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; --model.input-size, "
+            f"--data.sizes and --model.in-channels say {' or '.join(map(str, sizes))} and {model.in_channels}"
+        )
+    if not config.data.sizes and metadata.latent_shape != (*model.input_size, model.in_channels):
         raise ConfigError(
             f"{where} has latents of (height, width, channels) = {metadata.latent_shape}; "
             f"--model.input-size and --model.in-channels say {(*model.input_size, model.in_channels)}"

@@ -79,7 +79,7 @@ def batches(
     order = order_of(dataset, batch_size, seed, start_step, kind)
     if cache == "device":
         return _device_batches(dataset, order, sharding)
-    read = _InMemory(dataset).read if cache == "ram" else dataset.read
+    read = _in_memory(dataset) if cache == "ram" else dataset.read
     rows = local_rows(sharding, batch_size)
     steps = _Steps(read, order, rows, dataset.conditions.of_text)
     return _streamed_batches(steps, sharding, workers)
@@ -92,7 +92,8 @@ def order_of(
     if isinstance(dataset, Mixture):
         kinds = (kind,) * len(dataset.parts) if isinstance(kind, str) else tuple(kind)
         sizes = tuple(map(len, dataset.parts))
-        return MixedOrder(seed, batch_size, sizes, whole_weights(dataset.weights), start, kinds)
+        run = batch_size if dataset.several_sizes else 1
+        return MixedOrder(seed, batch_size, sizes, whole_weights(dataset.weights), start, kinds, run)
     assert isinstance(kind, str)
     return Order(seed, batch_size, len(dataset), start, kind)
 
@@ -192,7 +193,8 @@ def check_memory(dataset: Dataset, batch_size: int, cache: Cache = "none", worke
 
 def set_bytes(dataset: Dataset) -> int:
     """Bytes of a whole set as a cache holds it."""
-    return len(dataset) * dataset.record_bytes + dataset.conditions.cached_bytes
+    of_moments = sum(len(part) * part.record_bytes for part in dataset.parts)
+    return of_moments + dataset.conditions.cached_bytes
 
 
 def _host() -> tuple[int, int]:
@@ -213,6 +215,13 @@ def _host() -> tuple[int, int]:
 
 
 # --------------------------------------------------------------------------------------------- cache
+
+
+def _in_memory(dataset: Dataset) -> Callable[..., dict[str, np.ndarray]]:
+    """What reads from a copy of the whole set in host memory."""
+    if isinstance(dataset, Mixture):
+        return functools.partial(dataset.read, readers=[_InMemory(part).read for part in dataset.parts])
+    return _InMemory(dataset).read
 
 
 class _InMemory:

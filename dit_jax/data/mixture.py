@@ -24,25 +24,33 @@ if TYPE_CHECKING:
     from dit_jax.data.latents import LatentDataset
 
 
-def check_parts(folders: Sequence[str], found: Sequence[LatentMetadata], kind: AnyCondition) -> None:
-    """Raises ConfigError, naming the part and what differs, where sets cannot be mixed for this condition."""
+LATENTS = "latents of (height, width, channels)"
+
+
+def check_parts(
+    folders: Sequence[str], found: Sequence[LatentMetadata], kind: AnyCondition, several_sizes: bool = False
+) -> None:
+    """Raises ConfigError, naming the part and what differs, where sets cannot be mixed for this condition.
+
+    several_sizes: latents need not have the same height and width.
+    """
     wanted: dict[str, tuple[Any, str]] = {}
     for folder, metadata in zip(folders, found, strict=True):
         if metadata.count == 0:
             raise ConfigError(f"--data.mixture: {folder} is empty; expected at least one record")
-        for what, value in _facts(metadata, kind).items():
+        for what, value in _facts(metadata, kind, several_sizes).items():
             before, where = wanted.setdefault(what, (value, folder))
             if value != before:
                 raise ConfigError(
                     f"--data.mixture: {folder} has {what} {_shown(value)}, but {where} has {_shown(before)}; "
-                    "expected the same of all parts"
+                    "expected the same of all parts" + (", or --data.sizes" if what == LATENTS else "")
                 )
 
 
-def _facts(m: LatentMetadata, kind: AnyCondition) -> dict[str, Any]:
+def _facts(m: LatentMetadata, kind: AnyCondition, several_sizes: bool) -> dict[str, Any]:
     """What all parts must have in common, by its name in a sentence."""
     facts: dict[str, Any] = {
-        "latents of (height, width, channels)": m.latent_shape,
+        **({} if several_sizes else {LATENTS: m.latent_shape}),
         "type": m.dtype,
         "autoencoder": (m.vae, m.vae_hash[:12]) if not m.vae_hash else m.vae_hash[:12],
         "scaling and shift factor": (m.scaling_factor, m.shift_factor),
@@ -63,9 +71,14 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def joined(parts: Sequence[LatentMetadata], weights: Sequence[float], kind: AnyCondition) -> LatentMetadata:
-    """The metadata of a mixture: what the parts have in common, sums of their counts, and a hash of them all."""
-    first = parts[0]
+def joined(
+    parts: Sequence[LatentMetadata], weights: Sequence[float], kind: AnyCondition, main: int = 0
+) -> LatentMetadata:
+    """The metadata of a mixture: what the parts have in common, sums of their counts, and a hash of them all.
+
+    main: the part whose size the mixture is said to have.
+    """
+    first = parts[main]
     identity = "\n".join(f"{w!r} {m.to_json()}" for w, m in zip(weights, parts, strict=True))
     shares = np.array(weights) / np.sum(weights)
     mean = shares @ np.array([m.latent_mean for m in parts])  # (c,)
@@ -91,12 +104,23 @@ def joined(parts: Sequence[LatentMetadata], weights: Sequence[float], kind: AnyC
 
 
 class Mixture:
-    """Several `LatentDataset`s with weights, read as one; safe to read from many threads."""
+    """Several `LatentDataset`s with weights, read as one; safe to read from many threads.
 
-    def __init__(self, parts: Sequence[LatentDataset], weights: Sequence[float]):
+    Where their latents have several sizes, what is read at once must be of one; `size` is that of the base shape.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[LatentDataset],
+        weights: Sequence[float],
+        size: tuple[int, int] | None = None,
+    ):
         self.parts, self.weights = tuple(parts), tuple(weights)
+        sizes = [part.metadata.latent_shape[:2] for part in parts]
+        self.several_sizes = len(set(sizes)) > 1
         self.condition: AnyCondition = parts[0].condition
-        self.metadata = joined([part.metadata for part in parts], weights, self.condition)
+        main = sizes.index(size) if size else 0
+        self.metadata = joined([part.metadata for part in parts], weights, self.condition, main)
         self.conditions = Reader(self.condition, self.metadata)
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -108,26 +132,30 @@ class Mixture:
 
     @property
     def record_shape(self) -> tuple[int, int, int, int]:
-        """(M, h, w, 2c) of the moments that `read` returns."""
+        """(M, h, w, 2c) of the moments that `read` returns, of one size."""
         return self.parts[0].record_shape
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one record's moments as `read` returns them."""
-        return self.parts[0].record_bytes
+        """Bytes of one record's moments as `read` returns them, of the largest."""
+        return max(part.record_bytes for part in self.parts)
 
     def read(
-        self, indices: Sequence[int] | np.ndarray, words: np.ndarray | None = None
+        self,
+        indices: Sequence[int] | np.ndarray,
+        words: np.ndarray | None = None,
+        readers: Sequence[Callable[..., dict[str, np.ndarray]]] = (),
     ) -> dict[str, np.ndarray]:
-        """As `LatentDataset.read`."""
+        """As `LatentDataset.read`; readers: those of the parts, where they are not their own."""
+        readers = readers or [part.read for part in self.parts]
         rows = np.asarray(indices, np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"indices {rows.min()}..{rows.max()} reach outside {self!r}")
         arrays: dict[str, np.ndarray] = {}
         of_part = np.searchsorted(self._ends, rows, side="right")
         for number in np.unique(of_part).tolist():
-            here, part = of_part == number, self.parts[number]
-            found = part.read(rows[here] - self._first(number), None if words is None else words[here])
+            here = of_part == number
+            found = readers[number](rows[here] - self._first(number), None if words is None else words[here])
             for name, values in found.items():
                 whole = arrays.setdefault(name, np.empty((len(rows), *values.shape[1:]), values.dtype))
                 whole[here] = values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
 import pathlib
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from dit_jax.generation.sampling import (
 from dit_jax.generation.stream import Source, draw, on_own_devices
 from dit_jax.interop.formats import is_run, read_weights
 from dit_jax.interop.weights import Reading, Weights
+from dit_jax.models import cost
 from dit_jax.models.create import Model, init_params
 from dit_jax.pictures import save_grid
 from dit_jax.processes import agree, on_lead
@@ -65,6 +67,9 @@ class SampleArgs(DrawArgs):
     """How many pictures."""
     cfg_scale: float = 1.5
     """Guidance scale; 1 for none."""
+    size: str | None = None
+    """Height and width of the latents, such as 24x40, of those on which the run was trained (default: its
+    --model.input-size)."""
     interpolate: tuple[int, int] | None = None
     """Numbers of two samples of the first label: the pictures lie between their start noises, on an arc."""
     init_image: str | None = None
@@ -147,7 +152,8 @@ def main(args: SampleArgs) -> int:
     """Draw the samples and write the files; everything that can be checked is checked first. The exit code."""
     options = sampling_options(args)
     run = load_source(args)
-    model = sampling_model(run.config)
+    size = size_asked(args, run.config)
+    model = sampling_model(run.config, size)
     asked = asked_of(args, run, model)
     guide = None if args.guide_workdir is None else load_guide(args.guide_workdir, run)
     check_asked(model, run, options, asked, guide)
@@ -158,7 +164,7 @@ def main(args: SampleArgs) -> int:
     count = args.num_samples
     if args.npz is None and not edits:
         count = min(count, -(-args.grid_count // args.batch_size) * args.batch_size)
-    _check_room(args, out, run, options, count)
+    _check_room(args, out, run, options, count, size)
     asked = asked.embedded(model.condition)
     rows = asked.rows(args, count)
     if args.interpolate is not None:
@@ -166,7 +172,7 @@ def main(args: SampleArgs) -> int:
     condition, captions = asked.conditions(rows), asked.captions_of(rows)
 
     mesh = device_mesh(1 if edits else None)
-    params, guide_model, steps = networks(args, run, guide, mesh)
+    params, guide_model, steps = networks(args, run, guide, mesh, size)
     if edits:
         told = Told(condition, asked.null)
         images = edited_images(args, run, options, model, params, told, guide_model)
@@ -204,10 +210,30 @@ def main(args: SampleArgs) -> int:
     return 0
 
 
+def size_asked(args: SampleArgs, config: Config) -> tuple[int, int]:
+    """Height and width of the latents; raises ConfigError for those that the run has not seen."""
+    sizes = {
+        f"{height}x{width}": (height, width)
+        for height, width in (config.model.input_size, *config.data.sizes)
+    }
+    if args.size is None:
+        return config.model.input_size
+    if args.size not in sizes:
+        raise ConfigError(
+            f"--size is {shown(args.size)}; expected {' or '.join(sizes)}, of which the run was trained"
+        )
+    for option, value in (("--init-image", args.init_image), ("--inpaint", args.inpaint)):
+        if value is not None and sizes[args.size] != config.model.input_size:
+            raise ConfigError(
+                f"--size is {args.size} with {option}; expected the run's own size, which pictures are cut to"
+            )
+    return sizes[args.size]
+
+
 def networks(
-    args: DrawArgs, run: Run, guide: Run | None, mesh: Mesh
+    args: DrawArgs, run: Run, guide: Run | None, mesh: Mesh, size: tuple[int, int] | None = None
 ) -> tuple[Any, Model | None, dict[str, Any]]:
-    """(parameters on a mesh, the guide's network, the steps that both are of, by option).
+    """(parameters on a mesh, the guide's network of this size, the steps that both are of, by option).
 
     With a guide the parameters are a pair, as `make_latent_sampler` takes them.
     """
@@ -215,7 +241,7 @@ def networks(
     if guide is None:
         return params, None, {"step": step, "guide_step": None}
     theirs, guide_step = _weights(guide, mesh, args.weights, args.guide_step, "--guide-step")
-    return (params, theirs), sampling_model(guide.config), {"step": step, "guide_step": guide_step}
+    return (params, theirs), sampling_model(guide.config, size), {"step": step, "guide_step": guide_step}
 
 
 def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int, asked: Asked) -> Provenance:
@@ -251,6 +277,8 @@ def recipe(args: DrawArgs, run: Run, steps: dict[str, Any], asked: Asked) -> dic
     if run.weights is not None:
         of_files = run.weights.digest()[:12]
     decides = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DECIDING}
+    if decides.get("size", "") is None:
+        del decides["size"]
     if not args.skip_layers:
         decides = {name: value for name, value in decides.items() if not name.startswith("skip_layer")}
     return decides | folders | steps | {
@@ -299,6 +327,7 @@ def load_guide(workdir: str, run: Run) -> Run:
     for what, ours, theirs in (
         ("process", run.config.diffusion, guide.config.diffusion),
         ("latents", run.config.model.input_size, guide.config.model.input_size),
+        ("sizes", sorted(run.config.data.sizes), sorted(guide.config.data.sizes)),
         ("channels", run.config.model.in_channels, guide.config.model.in_channels),
         ("classes", run.config.model.num_classes, guide.config.model.num_classes),
         ("captions", *(_captions(one.config) for one in (run, guide))),
@@ -331,16 +360,26 @@ def _weights(
     return load_weights(run.workdir / "checkpoints", like, run.config, weights, step, option)
 
 
-def _check_room(args: SampleArgs, out: str | None, run: Run, options: SamplingOptions, count: int) -> None:
+def _check_room(
+    args: SampleArgs, out: str | None, run: Run, options: SamplingOptions, count: int, size: tuple[int, int]
+) -> None:
     """Raises ConfigError where the pictures do not fit into memory, or the files cannot be written."""
-    side = run.metadata.image_size
+    # Of a square with as many pixels.
+    side = math.ceil(
+        run.metadata.image_size * math.sqrt(math.prod(size) / math.prod(run.config.model.input_size))
+    )
     in_grid = args.grid_count if out is not None else 0
     if args.npz is None:
         check_pictures("--num-samples", count, in_grid, side)
     else:
         check_pictures("--batch-size", min(args.batch_size, count), 0, side)
         check_pictures("--grid-count", min(in_grid, count), in_grid, side)
-    check_batch(run.config, min(args.batch_size, count), options.cfg_scale != 1, len(jax.devices()))
+    check_batch(
+        cost.of_size(run.config, size),
+        min(args.batch_size, count),
+        options.cfg_scale != 1,
+        len(jax.devices()),
+    )
     if out is not None and args.npz is not None and os.path.realpath(out) == os.path.realpath(args.npz):
         raise ConfigError(f"--out and --npz are both {out}; expected two files")
 

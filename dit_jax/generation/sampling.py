@@ -116,9 +116,12 @@ class SamplingOptions:
         return Choice(sampler, self.steps, self.eta, self.grid, self.grid_shift)
 
 
-def sampling_model(config: Config) -> Model:
-    """The network of a resolved config, computed as this machine can: it may not be the one that trained."""
-    model = build_model(config)
+def sampling_model(config: Config, size: tuple[int, int] | None = None) -> Model:
+    """The network of a resolved config, computed as this machine can: it may not be the one that trained.
+
+    size: height and width of the latents (None: --model.input-size).
+    """
+    model = build_model(config).of_size(size or config.model.input_size)
     return model.clone(compute=model.compute.on(jax.devices()[0], model.num_tokens, model.head_dim))
 
 

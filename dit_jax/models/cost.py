@@ -6,6 +6,7 @@ twice that, and a training step costs three forward passes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +26,18 @@ def forward_macs(config: Config) -> int:
     """
     model = _in_a_loop(config).plain()
     return count_macs(_apply(model), _parameters(config), *_inputs(model, 1))
+
+
+def of_size(config: Config, size: tuple[int, int]) -> Config:
+    """The config of a run on latents of this height and width alone, which costs what theirs do."""
+    data = dataclasses.replace(config.data, sizes=(), mixture=())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, input_size=size), data=data)
+
+
+def of_largest(config: Config) -> Config:
+    """The config of a run on the largest latents alone, of those of all sizes that it trains on."""
+    sizes = (config.model.input_size, *config.data.sizes)
+    return of_size(config, max(sizes, key=lambda size: size[0] * size[1]))
 
 
 def train_flops_per_image(config: Config) -> int:

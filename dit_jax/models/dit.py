@@ -44,7 +44,8 @@ class Told(NamedTuple):
 class DiT(OnPatches, nn.Module):
     """Diffusion Transformer: predicts noise (and a variance) from a noised latent, a timestep and a label or text.
 
-    Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W);
+    Attributes: sizes as in `dit_jax.config.ModelConfig`; `input_size` is the latent's side or (H, W), `base_size` the
+    (H, W) around whose middle positions are counted where that is another (see `of_size`);
     `num_classes` 0 makes an unconditional model; `learn_sigma` doubles the output channels; `text` is the
     kind of captions that stand in the labels' place, and `text_layers` the blocks of an encoder of bytes; `parts` are
     what its blocks are made of; `compute` is how it is computed, of which its parameters do not depend.
@@ -65,6 +66,7 @@ class DiT(OnPatches, nn.Module):
     text_layers: int = 2
     lora: LoraConfig = LoraConfig()
     skip_layers: tuple[int, ...] = ()
+    base_size: tuple[int, int] | None = None
     compute: Compute = Compute()
     parts: Parts = Parts()
 
@@ -88,6 +90,12 @@ class DiT(OnPatches, nn.Module):
         """The label that stands for no label: the row after the last class."""
         return self.num_classes
 
+    def of_size(self, size: tuple[int, int]) -> DiT:
+        """The same network, with the same parameters, for latents of another height and width."""
+        if size == self.latent_size:
+            return self
+        return self.clone(input_size=size, base_size=self.base_size or self.latent_size)
+
     @nn.compact
     def __call__(self, x: Array, t: Array, y: Any = None) -> Array:
         """x (B, H, W, C), t (B,) timesteps, y (B,) labels, {"label": labels} or a text's arrays -> (B, H, W, C or
@@ -97,7 +105,8 @@ class DiT(OnPatches, nn.Module):
         d, n = self.hidden_size, self.num_tokens
         compute = self.compute.resolved(n, self.head_dim)
         tokens = Linear((d,), compute=compute, name="patch_embed")(patchify(x, self.patch_size))
-        positions = self.parts.positions(*self.grid_size, d)
+        base = self.base_size and (tuple(side // self.patch_size for side in self.base_size),)
+        positions = self.parts.positions(*self.grid_size, d, *(base or ()))
         tokens = tokens + jnp.asarray(positions, compute.dtype)[None]  # (B, N, D)
 
         time = TimestepEmbedder(d, compute, self.parts.sinusoid, name="t_embed")(t)  # (B, D), float32

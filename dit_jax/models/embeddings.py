@@ -35,13 +35,18 @@ def unpatchify(x: Array, patch: int, size: tuple[int, int]) -> Array:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, last // patch**2)
 
 
-def sincos_positions(height: int, width: int, dim: int) -> np.ndarray:
+def sincos_positions(height: int, width: int, dim: int, base: tuple[int, int] | None = None) -> np.ndarray:
     """Frozen 2D sine-cosine positions (height*width, dim), float32 (MAE, arXiv 2111.06377).
 
     The first half of the channels encodes the column, the second the row; in each half sines come before
-    cosines. Frequencies are computed in float64.
+    cosines. Frequencies are computed in float64. A grid of another size than `base`, the one whose first entry is at
+    (0, 0), lies around the same middle at the same distances, as Stable Diffusion 3's do (arXiv 2403.03206, section
+    5.3.2): a smaller one is cut from the base's table, a larger one goes beyond it on all sides.
     """
-    return _positions_at(np.arange(height), np.arange(width), dim)
+    rows, columns = base or (height, width)
+    return _positions_at(
+        (rows - height) // 2 + np.arange(height), (columns - width) // 2 + np.arange(width), dim
+    )
 
 
 def cropped_positions(height: int, width: int, dim: int, side: int, base: int) -> np.ndarray:

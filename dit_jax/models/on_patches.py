@@ -45,6 +45,10 @@ class OnPatches:
         """The same network, some of whose blocks, counted from 0, leave everything as it is."""
         return self.clone(skip_layers=tuple(sorted(set(layers))))
 
+    def of_size(self, size: tuple[int, int]) -> Self:
+        """The same network, with the same parameters, for latents of another height and width."""
+        return self if size == self.latent_size else self.clone(input_size=size)
+
     def plain(self) -> Self:
         """The same network without kernels and derivatives written by hand.
 

@@ -83,7 +83,8 @@ class Parts:
       second_norm: of a block's last branch, the MLP (None: `norm`).
       sinusoid: timesteps (B,) -> (B, 256), what their MLP is given.
       mlp: a module (hidden width, compute), (B, N, D) -> (B, N, D).
-      positions: (rows, columns, D) -> (rows * columns, D) float32, which are added to the patches.
+      positions: (rows, columns, D) -> (rows * columns, D) float32, which are added to the patches; for latents of
+        another size than the network's own also given its rows and columns.
       queries_keys: what attention compares instead of queries and keys (see `SelfAttention`); None: those themselves.
     """
 
@@ -91,7 +92,7 @@ class Parts:
     second_norm: Norm | None = None
     sinusoid: Callable[[Array], Array] = timestep_embedding
     mlp: Callable[..., Any] = Mlp
-    positions: Callable[[int, int, int], np.ndarray] = sincos_positions
+    positions: Callable[..., np.ndarray] = sincos_positions
     queries_keys: QueriesKeys | None = None
 
 

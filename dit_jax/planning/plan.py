@@ -36,7 +36,9 @@ def describe_plan(config: Config) -> str:
     }
     memory = {name: _device_bytes(tree) for name, tree in parts.items()}
     images = t.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]) // microbatches
-    memory[f"activations of {images} images"] = images * cost.activation_bytes_per_image(_here(config))
+    memory[f"activations of {images} images"] = images * cost.activation_bytes_per_image(
+        _here(cost.of_largest(config))
+    )
     checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     device = jax.devices()[0]
     lines = [

@@ -19,7 +19,7 @@ from dit_jax.files import write_whole
 
 KINDS = {
     "step": "steps that count",
-    "compile": "up to the first step's result, at every start",
+    "compile": "up to the first step's result, at every start; the step of another size of latents",
     "data": "waiting for the next batch",
     "save": "what a save keeps the next step from",
     "samples": "drawing and measuring",

@@ -7,8 +7,8 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -42,7 +42,7 @@ from dit_jax.runs.workdir import (
 from dit_jax.training.goodput import Goodput
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.profile import Profile
-from dit_jax.training.program import Program, build_program
+from dit_jax.training.program import Program, build_program, latent_size
 from dit_jax.training.room import check_room
 from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.step import summarise
@@ -198,6 +198,8 @@ class Run:
     stop: StopSignal
     ruler: Ruler | None
     goodput: Goodput
+    compiled: set[tuple[int, int]] = field(default_factory=set)
+    """Sizes of latents whose step there is."""
 
     def to_the_end(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step or a request to stop, with all saved; raises TrainingDivergedError."""
@@ -246,8 +248,10 @@ class Run:
                 profile.before(step + 1)
                 with goodput.spent_on("data"):
                     batch = next(data)
-                state, metrics = self.program.step(state, batch)
+                with self.compiling(batch, in_flight, clock, watchdog):
+                    state, metrics = self.program.step(state, batch)
                 step += 1
+                clock.count(latent_size(batch))
                 profile.after(step, metrics)
                 loss: float | None = None  # of the window of the log that ends here
                 in_flight.append(metrics)
@@ -255,7 +259,7 @@ class Run:
                     jax.block_until_ready(in_flight.popleft())
                 if not clock.started:  # compilation is over
                     jax.block_until_ready(metrics)
-                    clock.lap(step)
+                    clock.lap()
                     goodput.switch("step")
                 goodput.note(step)
                 watchdog.step(step)
@@ -268,7 +272,7 @@ class Run:
                     if step % t.log_every == 0:  # a run that is extended later completes the window
                         loss = line.get("loss")
                         state = dataclasses.replace(state, totals=no_totals())
-                    line |= clock.lap(step) | goodput.line()
+                    line |= clock.lap() | goodput.line()
                     with clock.paused():
                         line["param_norm"] = float(param_norm(state.params))
                     log.write(step, line)
@@ -281,6 +285,21 @@ class Run:
                 if not last and self.stops(state, step, loss):
                     break
         return state
+
+    @contextlib.contextmanager
+    def compiling(
+        self, batch: Batch, before: Iterable[Any], clock: Throughput, watchdog: Watchdog
+    ) -> Iterator[None]:
+        """For the call of a step: where it is compiled, for the first latents of another size, its time is not
+        counted. Of the first ones of all the loop knows."""
+        size = latent_size(batch)
+        if not self.compiled or size in self.compiled:
+            yield
+        else:
+            jax.block_until_ready(list(before))
+            with clock.paused(), watchdog.paused(), self.goodput.spent_on("compile"):
+                yield
+        self.compiled.add(size)
 
     def data(self, first: int) -> Generator[Batch]:
         """Batches from this one on, in the order with which the run began."""

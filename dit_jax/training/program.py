@@ -35,7 +35,8 @@ class Program:
       state: a TrainState of `jax.ShapeDtypeStruct` with shardings, the layout of the real one.
       init: () -> fresh TrainState, born sharded.
       start_from: params -> TrainState at step 0 with these parameters.
-      step: (state, batch) -> (state, metrics); the state's buffers are donated.
+      step: (state, batch) -> (state, metrics); the state's buffers are donated. There is a program for each size of
+        latents.
       microbatches: parts of a batch that a step accumulates over.
     """
 
@@ -62,8 +63,31 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     )
 
 
+@dataclass(frozen=True)
+class StepOfEachSize:
+    """A step, and its program, for latents of each height and width; compiled when the first batch of it comes."""
+
+    steps: dict[tuple[int, int], Any]
+
+    def _of(self, batch: Any) -> Any:
+        return self.steps[latent_size(batch)]
+
+    def __call__(self, state: TrainState, batch: Any) -> Any:
+        """See `Program.step`."""
+        return self._of(batch)(state, batch)
+
+    def lower(self, state: Any, batch: Any) -> Any:
+        """The program of arguments like these."""
+        return self._of(batch).lower(state, batch)
+
+
+def latent_size(batch: Any) -> tuple[int, int]:
+    """Height and width of a batch's latents."""
+    return batch["moments"].shape[2:4]
+
+
 def abstract_batch(config: Config, mesh: Mesh, dtype: Any = np.float16) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of a global batch of stored moments and conditions."""
+    """Shapes, types and shardings of a global batch of stored moments and conditions, of the base size."""
     m, b = config.model, config.train.batch_size
     views = 2 if config.data.mirror else 1
     return {
@@ -81,6 +105,7 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     not for the mesh's devices or leaves nothing to quantize.
     """
     m, c, device = config.model, config.compute, mesh.devices.flat[0]
+    sizes = (m.input_size, *config.data.sizes)
     attention = resolve_attention(c.attention, c.dtype, m.num_tokens, m.head_dim, device)
     gpu = device.platform in ("gpu", "cuda")
     if attention == "cudnn" and not (gpu and cudnn_serves(c.dtype, m.head_dim)):
@@ -111,11 +136,10 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
     def init() -> TrainState:
         return init_state(model, optimizer, config, draw_key(config.train.seed, 0, Draw.INIT))
 
-    train_step = make_train_step(
-        model.computed(batch_sharding=batch_sharding(mesh)), process, optimizer, config,
-        scaling_factor=scaling_factor, shift_factor=shift_factor,
-        microbatches=microbatches, mesh=mesh, grad_shardings=_gradient_shardings(state),
-    )  # fmt: skip
+    factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    step_of = functools.partial(
+        _step_of, config, model, process, optimizer, state, mesh, microbatches, factors
+    )
     return Program(
         model=model,
         process=process,
@@ -127,11 +151,28 @@ def build_program(config: Config, mesh: Mesh, *, scaling_factor: float, shift_fa
             lambda params: make_state(params, optimizer, config), in_shardings=(shardings.params,),
             out_shardings=shardings,
         ),
-        step=jax.jit(
-            train_step, donate_argnums=0, in_shardings=(shardings, batch_sharding(mesh)),
-            out_shardings=(shardings, replicated(mesh)), compiler_options=compiler_options(mesh),
-        ),
+        step=StepOfEachSize({size: step_of(size) for size in sizes}) if sizes[1:] else step_of(m.input_size),
         microbatches=microbatches,
+    )  # fmt: skip
+
+
+def _step_of(
+    config: Config, model: Model, process: Process, optimizer: optax.GradientTransformation, state: TrainState,
+    mesh: Mesh, microbatches: int, factors: dict[str, float], size: tuple[int, int],
+) -> Any:  # fmt: skip
+    """The step on latents of this height and width, compiled when it is first called."""
+    split, shardings = batch_sharding(mesh), jax.tree.map(lambda leaf: leaf.sharding, state)
+    model, c = model.of_size(size), config.compute
+    kernel = resolve_attention(
+        c.attention, c.dtype, model.num_tokens, config.model.head_dim, mesh.devices.flat[0]
+    )
+    train_step = make_train_step(
+        model.computed(attention=kernel, batch_sharding=split), process, optimizer, config, **factors,
+        microbatches=microbatches, mesh=mesh, grad_shardings=_gradient_shardings(state),
+    )  # fmt: skip
+    return jax.jit(
+        train_step, donate_argnums=0, in_shardings=(shardings, split),
+        out_shardings=(shardings, replicated(mesh)), compiler_options=compiler_options(mesh),
     )  # fmt: skip
 
 

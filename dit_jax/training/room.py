@@ -34,7 +34,8 @@ def check_room(config: Config, program: Program) -> None:
     compute = dataclasses.replace(config.compute, remat="full")
     t, devices = config.train, math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     images = t.batch_size // devices // program.microbatches
-    needed = images * cost.activation_bytes_per_image(dataclasses.replace(config, compute=compute))
+    largest = dataclasses.replace(cost.of_largest(config), compute=compute)
+    needed = images * cost.activation_bytes_per_image(largest)
     if needed // mesh.shape["tensor"] > room:
         raise ConfigError(
             f"--train.batch-size is {t.batch_size}: {images} images at once, of {needed / 1e9:.1f} GB or more, "

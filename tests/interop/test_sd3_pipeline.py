@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from dit_jax.config import ConfigError
+from dit_jax.config import ConfigError, LoraConfig
 from dit_jax.config.text import SD3_FOLDERS
 from dit_jax.diffusion.flow import FlowMatching
 from dit_jax.diffusion.samplers import sample_keys, start_noise
@@ -20,10 +20,12 @@ from dit_jax.generation.prompts import asked_of
 from dit_jax.generation.sampling import SamplingOptions, device_mesh, load_vae, make_latent_sampler
 from dit_jax.interop import keymap, sd3
 from dit_jax.interop.formats import read_weights
+from dit_jax.interop.lora import write_lora
 from dit_jax.interop.sd3_pipeline import write_sd3_pipeline
 from dit_jax.interop.weights import Reading
 from dit_jax.models.autoencoder_kl import from_latents
 from dit_jax.models.create import build_model, init_params
+from dit_jax.models.lora import merged, with_lora
 from dit_jax.runs.convert import convert, metadata_of, read_run
 from dit_jax.runs.weights import initial_weights
 from dit_jax.samplers.course import FlowCourse
@@ -130,6 +132,30 @@ def test_the_schedule_is_theirs(peers):
         scheduler.set_timesteps(steps)
         times = make_times(FlowCourse(FlowMatching()), "sd3", steps, shift)
         np.testing.assert_allclose(1 - times, scheduler.sigmas.numpy(), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_loads_our_low_rank_adaptation(pipelines, peers, tmp_path):
+    """`load_lora_weights` of a folder as convert.py makes its file: the pictures are those of the moved weights."""
+    pytest.importorskip("peft", reason="needs peft, by which diffusers loads adaptations")
+    _, diffusers = peers
+    plain, folder = pipelines("sd3.5")
+    weights, lora = read(folder), LoraConfig(rank=2, alpha=3.0)
+    rng = np.random.default_rng(0)
+    params = with_lora(weights.params, lora, jax.random.key(0))
+    params["lora"] = jax.tree.map(lambda a: 0.1 * rng.standard_normal(a.shape, np.float32), params["lora"])
+    model = build_model(dataclasses.replace(weights.config, lora=lora))
+    (tmp_path / "lora").mkdir()
+    write_lora(tmp_path / "lora" / "pytorch_lora_weights.safetensors", params["lora"], model, lora)
+    write_sd3_pipeline(tmp_path / "moved", dataclasses.replace(weights, params=merged(params, lora)))
+
+    theirs = diffusers.StableDiffusion3Pipeline.from_pretrained(folder)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.load_lora_weights(tmp_path / "lora")
+    assert theirs.get_list_adapters() == {"transformer": ["default_0"]}
+    *ours, noise = our_pictures(tmp_path / "moved")
+    agree(ours, their_pictures(theirs, noise))
+    assert np.abs(ours[0] - their_pictures(plain, noise)[0]).max() > 0.1
 
 
 # -------------------------------------------------------------------------------- other ways to the same

@@ -7,7 +7,7 @@
 For a laptop's CPU. Flow matching on 16x16x4 latents of 64x64 pictures (dit_jax/data/digits_text.py); captions are
 read by a small encoder of bytes that is trained with the network: no download. A tenth of the pairs of digits is
 never seen in training.
-Result to expect: `make demo-text` prints it, measured by an independent classifier; seen were 99.6% of 500 pictures
+Result to expect: `make demo-text` prints it, measured by an independent classifier; seen were 99.4% of 500 pictures
 with both digits and their places as the caption says, and all 50 of the pairs never seen together.
 """
 

@@ -45,8 +45,13 @@ def load_originals(split: Split) -> tuple[np.ndarray, np.ndarray]:
 def load_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (N, 32, 32, 3) uint8, white on black with equal channels, and labels (N,) int32."""
     features, labels = load_originals(split)
+    return draw(features), labels
+
+
+def draw(features: np.ndarray) -> np.ndarray:
+    """Pictures (N, 32, 32, 3) uint8, white on black with equal channels, of features (N, 64) in 0..16."""
     pictures = np.round(255 * _restore(features.reshape(-1, 8, 8) / MAX_INK)).astype(np.uint8)
-    return np.repeat(pictures[..., None], 3, axis=-1), labels
+    return np.repeat(pictures[..., None], 3, axis=-1)
 
 
 def to_8x8(images: np.ndarray) -> np.ndarray:

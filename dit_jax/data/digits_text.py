@@ -19,6 +19,7 @@ SIZE = 64  # side of a picture: two digits of 32, each on whole patches of 16 pi
 FAR = SIZE - digits.SIZE
 MIDDLE = FAR // 2
 LEFT, ABOVE = 0, 1
+ROWS = 6.5  # height of a digit, in the middle of eight rows: they fill all of theirs, and would touch
 TRAINING_PICTURES = 3600  # 20 of each pair and relation
 CAPTIONS = 4  # of a picture, each in other words
 
@@ -92,9 +93,22 @@ def captions_of(facts: np.ndarray, seed: int) -> list[tuple[str, ...]]:
     return [tuple(ways[i] for i in order[:CAPTIONS]) for ways, order in zip(said, orders, strict=True)]
 
 
+def load_originals(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """The real 8x8 images drawn ROWS high, as features (N, 64) in 0..16, and labels (N,) int32."""
+    from PIL import Image
+
+    features, labels = digits.load_originals(split)
+    eye = Image.fromarray(np.pad(np.eye(8, dtype=np.float32), ((2, 2), (0, 0))))
+    box = (0, 6 - 32 / ROWS, 8, 6 + 32 / ROWS)  # 64 / ROWS rows about the middle become eight
+    shrink = np.asarray(eye.resize((8, 8), Image.Resampling.LANCZOS, box), np.float64)  # keeps thin strokes
+    rows = np.clip(shrink @ features.reshape(-1, 8, 8), 0, digits.MAX_INK)
+    return rows.reshape(-1, 64), labels
+
+
 def make(count: int, seed: int, split: Split) -> Pictures:
     """Pictures of digits of a split of the real ones, with captions; of `train` without the pairs held out."""
-    images, labels = digits.load_digits(split)
+    features, labels = load_originals(split)
+    images = digits.draw(features)
     facts = facts_of(count, seed, split)
     canvas = np.zeros((count, SIZE, SIZE, 3), np.uint8)
     words = _words(seed, 2, 2 * count).reshape(count, 2)

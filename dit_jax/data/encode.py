@@ -35,7 +35,6 @@ from dit_jax.data.metadata import (
     DataError,
     LatentMetadata,
     MomentsType,
-    StoredText,
     load_metadata,
     recipe,
 )
@@ -45,7 +44,6 @@ from dit_jax.data.sources import Source
 from dit_jax.files import check_folder, sync_folder, write_whole
 from dit_jax.memory import host_memory
 
-OPTION = "--out, the dataset's folder,"
 RECIPE_FILE = "recipe.json"
 CLAIMS_FILE = "claims"
 MOST_WORKERS = 1024  # processes: more is a slip of the keyboard that no machine survives
@@ -66,23 +64,24 @@ def prepare(
     process_index: int = 0,
     process_count: int = 1,
     embedder: Embedder | None = None,
+    option: str = "--out",
 ) -> LatentMetadata | None:
     """Encode this process's part of a source into `directory`, and finish the dataset if no part is missing.
 
     image_size: side of the square crop, pixels. shard_size: records in a shard. batch_size: images that one
     device encodes at once. workers: processes that decode and resize (0: none, decode here). Process i of n
     encodes the shards i, i + n, ...; all must see the same folder. embedder: what is stored of captions (None: their
-    words, where the source has any).
+    words, where the source has any). option: what named the folder.
 
     Returns the metadata of the finished dataset, or None while other processes' shards are missing. Raises
     DataError for an image that cannot be decoded (unless skip_bad), for moments that are not finite in
     `dtype`, where the folder holds a dataset of another recipe and where it cannot be written.
     """
-    for option, value, least in (
+    for name, value, least in (
         ("--batch-size", batch_size, 1), ("--shard-size", shard_size, 1), ("--workers", workers, 0),
     ):  # fmt: skip
         if value < least:
-            raise DataError(f"{option} is {value}; expected {least} or more")
+            raise DataError(f"{name} is {value}; expected {least} or more")
     if workers > MOST_WORKERS:
         raise DataError(f"--workers is {workers}; expected at most {MOST_WORKERS} processes")
     held, room = batch_size * encoder.devices * max(image_size, 0) ** 2 * 3, host_memory()
@@ -94,18 +93,18 @@ def prepare(
     if not 0 <= process_index < process_count:
         raise DataError(f"--process-index is {process_index}; expected 0 to {process_count - 1}")
     embedder = (embedder or Embedder()) if source.has_captions else None
-    text = embedder.stored if embedder else None
-    plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size, text)
-    out = pathlib.Path(directory)
-    mine = range(process_index, plan.num_shards, process_count)
+    plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size, embedder)
+    out, mine = pathlib.Path(directory), range(process_index, plan.num_shards, process_count)
     try:
-        metadata = _look(out, plan) or _make(out, plan, mine, source, encoder, skip_bad, workers, embedder)
+        metadata = _look(out, plan) or _make(
+            out, plan, mine, source, encoder, skip_bad, workers, embedder, option
+        )
     except OSError as error:
         metadata = _look(out, plan)  # another process may have finished the same dataset and cleared up
         if metadata is None:
             raise DataError(
-                f"{OPTION} is {os.fspath(out)!r}, where a file cannot be written ({error}); expected a folder with "
-                "room: the same command then goes on"
+                f"{option}, the dataset's folder, is {os.fspath(out)!r}, where a file cannot be written ({error}); "
+                "expected a folder with room: the same command then goes on"
             ) from None
     if metadata:
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # of this run or of one that was killed
@@ -120,7 +119,7 @@ def _plan(
     dtype: MomentsType,
     shard_size: int,
     batch_size: int,
-    text: StoredText | None,
+    embedder: Embedder | None,
 ) -> LatentMetadata:
     """The metadata of a dataset that is yet to be made."""
     if image_size <= 0 or image_size % encoder.factor:
@@ -149,7 +148,7 @@ def _plan(
         label_names=source.label_names,
         shard_size=shard_size,
         batch_size=batch_size,
-        text=text,
+        text=embedder.stored if embedder else None,
     )
 
 
@@ -191,12 +190,13 @@ def _make(
     skip_bad: bool,
     workers: int,
     embedder: Embedder | None,
+    option: str,
 ) -> LatentMetadata | None:
     """Encode the shards `mine` where they are missing, and finish the dataset if none is missing then.
 
     Another process that makes the same shards is waited for: what it has done need not be done again.
     """
-    check_folder(OPTION, out)
+    check_folder(f"{option}, the dataset's folder,", out)
     (out / UNFINISHED).mkdir(exist_ok=True)
     claims = out / UNFINISHED / CLAIMS_FILE
     with claimed(claims, [RECIPE]):

@@ -354,6 +354,7 @@ def _prepare_embedded(source: str, directory: str) -> None:
         from dit_jax.data.sources import open_source
 
         encoder, size = flax_encoder("digits"), EMBEDDED[source]
-        prepare(open_source(source), encoder, directory, image_size=size, mirrors=False)
+        source_of = open_source(source)
+        prepare(source_of, encoder, directory, image_size=size, mirrors=False, option="--data.dir")
 
     on_lead(make)

@@ -5,6 +5,7 @@ Legend: N images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +17,17 @@ from dit_jax.evaluation.frechet import frechet_distance
 if TYPE_CHECKING:
     from sklearn.svm import SVC
 
+Originals = Callable[[digits.Split], tuple[np.ndarray, np.ndarray]]
 
-def fit_referee() -> SVC:
-    """SVC(gamma=0.001) fitted on the real 8x8 training split; reads 360 of the 364 real test images right."""
+
+def fit_referee(originals: Originals = digits.load_originals) -> SVC:
+    """SVC(gamma=0.001) fitted on the real 8x8 training split; reads 360 of the 364 real test images right.
+
+    originals: split -> features (N, 64) and labels (N,), where the digits to be judged are drawn from other features.
+    """
     from sklearn.svm import SVC
 
-    return SVC(gamma=0.001).fit(*digits.load_originals("train"))
+    return SVC(gamma=0.001).fit(*originals("train"))
 
 
 def class_agreement(referee: SVC, images: np.ndarray, labels: np.ndarray) -> float:

@@ -1,7 +1,8 @@
 """The referee of pictures of two digits: both digits, and where they stand, as the caption says.
 
 It reads each of the two places that the caption's relation names, 32x32 pixels, with the classifier of single digits
-(`evaluation.digits`), which has seen real 8x8 images only. A picture is right where it reads both digits so.
+(`evaluation.digits`), fitted on real 8x8 images only, as these pictures draw them. A picture is right where it reads
+both digits so.
 
 Legend: N pictures.
 """
@@ -47,7 +48,7 @@ def facts_of(captions: Sequence[str]) -> np.ndarray:
 def agreement(images: np.ndarray, facts: np.ndarray) -> np.ndarray:
     """Which pictures (N, 64, 64, C) uint8 show what the facts (N, 3) say, (N,) bool."""
     places = digits_text.crops(images, facts[:, 2])  # (N, 2, 32, 32, C)
-    referee = fit_referee()
+    referee = fit_referee(digits_text.load_originals)
     read = [referee.predict(digits.to_8x8(places[:, place])) == facts[:, place] for place in (0, 1)]
     return np.logical_and(*read)
 

@@ -1,12 +1,13 @@
 """Two digits in a picture: what is held out, what captions say, what stands where."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from dit_jax.conditions import byte_tokens
-from dit_jax.config import Config, DataConfig, ModelConfig
+from dit_jax.config import Config, ConfigError, DataConfig, ModelConfig
 from dit_jax.config.text import TextConfig
 from dit_jax.data import digits, digits_text
 from dit_jax.data.digits_text import ABOVE, LEFT, NAMES, captions_of, crops, facts_of, make, wordings
@@ -57,9 +58,8 @@ def test_captions_say_what_the_picture_shows():
 def test_pictures_hold_real_digits_of_their_split_at_their_places():
     made = make(200, 5, "test")
     assert made.images.shape == (200, 64, 64, 3) and made.images.dtype == np.uint8
-    real, labels = digits.load_digits("test")
-    at = {image.tobytes(): label for image, label in zip(real, labels, strict=True)}
-    found = [[at[crop.tobytes()] for crop in pair] for pair in crops(made.images, made.facts[:, 2])]
+    real, train = drawn("test"), drawn("train")
+    found = [[real[crop.tobytes()] for crop in pair] for pair in crops(made.images, made.facts[:, 2])]
     np.testing.assert_array_equal(found, made.facts[:, :2])
     (top, left), (same, right) = digits_text.places(LEFT)
     assert top == same and left + 32 <= right
@@ -69,9 +69,27 @@ def test_pictures_hold_real_digits_of_their_split_at_their_places():
     np.testing.assert_array_equal(
         ink, crops(made.images, made.facts[:, 2]).astype(int).sum(axis=(1, 2, 3, 4))
     )
-    train = {image.tobytes() for image in digits.load_digits("train")[0]}
     shown = make(60, 5, "train")
     assert all(c.tobytes() in train for pair in crops(shown.images, shown.facts[:, 2]) for c in pair)
+
+
+def drawn(split):
+    """The real digits of a split as pictures of two show them: their labels by their bytes."""
+    features, labels = digits_text.load_originals(split)
+    return {picture.tobytes(): label for picture, label in zip(digits.draw(features), labels, strict=True)}
+
+
+def test_digits_keep_apart_and_keep_their_ink():
+    real, labels = digits.load_originals("test")
+    features, same_labels = digits_text.load_originals("test")
+    np.testing.assert_array_equal(labels, same_labels)
+    assert features.min() >= 0 and features.max() <= digits.MAX_INK
+    ink, whole = features.reshape(-1, 8, 8), real.reshape(-1, 8, 8)
+    assert np.abs(ink.sum(1) - digits_text.ROWS / 8 * whole.sum(1)).mean() < 1  # of some 40
+    made = make(400, 0, "train")
+    height = crops(made.images, made.facts[:, 2]).max(axis=-1).mean(axis=(0, 1, 3))  # of 255, by row
+    assert height[[0, 1, 30, 31]].max() < 12 < 60 < height[[4, 27]].min()
+    np.testing.assert_allclose(height[:16].sum(), height[16:].sum(), rtol=0.1)  # in the middle
 
 
 def test_they_are_fixed_by_the_seed_for_good():
@@ -105,3 +123,7 @@ def test_they_are_prepared_at_first_use(monkeypatch, tmp_path):
     condition, captions = dataset.examples(4)
     np.testing.assert_array_equal(condition["tokens"], byte_tokens(captions, 32))
     assert captions == [made.captions[i][0] for i in (0, 3, 6, 9)]
+    (tmp_path / "file").touch()
+    nowhere = dataclasses.replace(data, dir=str(tmp_path / "file" / "set"))
+    with pytest.raises(ConfigError, match=r"^--data\.dir, the dataset's folder, is .*, where no file can be"):
+        open_dataset(dataclasses.replace(config, data=nowhere))

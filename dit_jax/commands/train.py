@@ -23,7 +23,9 @@ def main(program: str, args: Sequence[str]) -> int:
             from dit_jax.planning.compile_for import compile_training
             from dit_jax.planning.report import print_report
 
-            return print_report(program, lambda: compile_training(config, options.compile_for))
+            return print_report(
+                program, lambda: compile_training(config, options.compile_for, options.slices)
+            )
         launch.initialize(options)
         if options.dry_run:
             from dit_jax.planning.plan import describe_plan

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from dit_jax.diffusion.create import create_process
 from dit_jax.models import cost
 from dit_jax.models.create import init_params
 from dit_jax.planning import hlo, timeline
+from dit_jax.planning.crossing import crossings
 from dit_jax.planning.report import DoesNotFitError, Report
 from dit_jax.planning.topology import Chip, topology_devices
 from dit_jax.samplers.table import plan
@@ -39,12 +40,12 @@ _OUT_OF_MEMORY = (
 )
 
 
-def compile_training(config: Config, topology: str) -> Report:
-    """The training step of a resolved config, compiled for the chips of `topology`.
+def compile_training(config: Config, topology: str, slices: int = 1) -> Report:
+    """The training step of a resolved config, compiled for the chips of so many slices of `topology`.
 
     Raises DoesNotFitError, with advice, when a chip has too little memory, and ConfigError as training would.
     """
-    chip, devices = topology_devices(topology)
+    chip, devices = topology_devices(topology, slices)
     mesh = make_mesh(config.mesh, devices)
     program = build_program(config, mesh, scaling_factor=1.0, shift_factor=0.0)
     batch = abstract_batch(config, mesh)
@@ -62,6 +63,7 @@ def compile_training(config: Config, topology: str) -> Report:
         what=f"training step of {config.model.name}, {config.mesh.preset}, remat {config.compute.remat}",
         topology=topology,
         mesh=dict(mesh.shape),
+        slice_of=[device.slice_index for device in mesh.devices.flat] if slices > 1 else [],
         images=images,
         arguments={name: _device_bytes(tree) for name, tree in parts.items()},
         flops=cost.train_flops_per_image(config) * config.train.batch_size / mesh.size,
@@ -116,8 +118,11 @@ def training_advice(config: Config, images: int) -> str:
     return "try " + ", ".join(advice or ["more chips"])
 
 
-def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
-    """The report on a lowered program; DoesNotFitError, with the advice, where a chip has too little memory."""
+def _report(lowered: Any, chip: Chip, advice: str, slice_of: Sequence[int] = (), **known: Any) -> Report:
+    """The report on a lowered program; DoesNotFitError, with the advice, where a chip has too little memory.
+
+    slice_of: the slice of each device, where there are several.
+    """
     start = time.perf_counter()
     try:
         with no_compilation_cache():
@@ -142,6 +147,8 @@ def _report(lowered: Any, chip: Chip, advice: str, **known: Any) -> Report:
             "code": stats.generated_code_size_in_bytes,
         },
         collectives=timeline.collectives(module, chip.flops_per_cycle, chip.clock / chip.ici),
+        crossings=crossings(module, slice_of) if slice_of else [],
+        slices=len(set(slice_of)) or 1,
         unknown_loops=hlo.unknown_loops(module),
         cycles=sum(o.cycles for o in operations),
         operations=operations,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dit_jax.planning import hlo, timeline
+from dit_jax.planning.crossing import Crossing
 from dit_jax.planning.topology import Chip
 from dit_jax.training.launch import EXIT_DOES_NOT_FIT
 
@@ -29,6 +30,7 @@ class Report:
       images: that a chip computes, alone or, where the mesh has a tensor axis, with the others along it.
       flops: analytic, of one chip's part of the batch (forward, and backward when training).
       cycles, seconds: the compiler's estimate without collectives; `exposed_seconds` of collectives come on top.
+      slices, crossings: of the topology, and what goes between them, which is in no time but `crossing_seconds`.
       unknown_loops: loops that nobody knows how often run; they count once, and times are lower bounds then.
     """
 
@@ -45,6 +47,8 @@ class Report:
     operations: list[hlo.Operation]
     compile_seconds: float
     unknown_loops: list[str]
+    slices: int = 1
+    crossings: list[Crossing] = field(default_factory=list)
 
     @property
     def total_bytes(self) -> int:
@@ -67,6 +71,11 @@ class Report:
         return sum(c.exposed_bytes for c in self.collectives) / self.chip.ici
 
     @property
+    def crossing_seconds(self) -> float:
+        """Time that a chip's bytes for other slices take, one after the other."""
+        return sum(c.wire_bytes for c in self.crossings) / self.chip.dcn
+
+    @property
     def mfu(self) -> float:
         """Share of the chip's peak, if all collectives were hidden."""
         return self.flops / (self.seconds * self.chip.peak_flops)
@@ -84,6 +93,7 @@ class Report:
             "images_per_chip",
             "seconds",
             "exposed_seconds",
+            "crossing_seconds",
             "mfu",
             "mfu_with_collectives",
         )
@@ -106,7 +116,9 @@ def describe(report: Report, top: int = 12) -> str:
     chips, tensor = int(np.prod(list(report.mesh.values()))), report.mesh.get("tensor", 1)
     lines = [
         f"program         {report.what}",
-        f"chips           {chips} x {chip.name} ({report.topology}), mesh "
+        f"chips           {chips} x {chip.name} ("
+        + (f"{report.slices} slices of " if report.slices > 1 else "")
+        + f"{report.topology}), mesh "
         + ", ".join(f"{axis} {size}" for axis, size in report.mesh.items()),
         f"batch           {report.images_per_chip:g} images per chip"
         + (f": {tensor} chips share {report.images}" if tensor > 1 else ""),
@@ -120,6 +132,7 @@ def describe(report: Report, top: int = 12) -> str:
             f"{c.wire_bytes / 1e6:>10.1f} MB{c.exposed_bytes / 1e6:>10.1f} MB"
             for c in report.collectives
         ),
+        *_between_slices(report),
         f"FLOPs           {report.flops / 1e12:.2f} T per chip, at {chip.peak_flops / 1e12:.0f} TFLOP/s peak",
         f"estimate        {report.cycles / 1e6:.1f} M cycles at {chip.clock / 1e9:.2f} GHz = "
         f"{report.seconds * 1e3:.1f} ms: {report.mfu:.1%} of the peak, "
@@ -138,3 +151,17 @@ def describe(report: Report, top: int = 12) -> str:
         share, shape = op.cycles / report.cycles, op.shape.partition("{")[0]
         lines.append(f"{share:>22.1%}  {op.times:>4} x {op.name:<34.34} {shape:<28.28} {source:.60}")
     return "\n".join(lines)
+
+
+def _between_slices(report: Report) -> list[str]:
+    if report.slices == 1:
+        return []
+    return [
+        "between slices  count, arrays, sent by a chip over a ring",
+        *(
+            f"                {c.kind:<19}{c.count:>5} {c.bytes / 1e6:>15.1f} MB{c.wire_bytes / 1e6:>10.1f} MB"
+            for c in report.crossings
+        ),
+        f"                {report.crossing_seconds * 1e3:.1f} ms at {report.chip.dcn / 1e9:g} GB/s a chip; "
+        "the estimate below leaves them out",
+    ]

@@ -7,10 +7,13 @@ collective is exposed: all of one that ends where it starts, else what the compu
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from dit_jax.planning.hlo import (
     COLLECTIVES,
@@ -177,7 +180,7 @@ def schedule(module: Module, name: str, flops_per_cycle: float) -> Iterator[Step
         elif line.opcode.endswith("-start"):
             spread.add(line.name)
             yield Step(spent)
-            yield Step(start=(line.name, _transfer(*inside[0], module.devices)))
+            yield Step(start=(line.name, transfer(*inside[0], module.devices)))
         else:
             yield from _in_fusion(inside, spent, spread, module.devices)
 
@@ -192,13 +195,13 @@ def _in_fusion(
         channel = re.search(r"channel_id=(\d+)", line.text)
         key = f"{line.opcode} {channel[1] if channel else ''}"
         if role == "start":
-            starts.append((key, _transfer(line, role, devices)))
+            starts.append((key, transfer(line, role, devices)))
             spread.add(key)
         elif key in spread and role != "alone":
             ends += [key] if role == "end" else []
             spread -= {key} if role == "end" else set()
         else:
-            yield Step(start=(line.name, _transfer(line, role, devices)), end=line.name)
+            yield Step(start=(line.name, transfer(line, role, devices)), end=line.name)
     for key in ends:
         yield Step(end=key)
     yield Step(spent)
@@ -225,7 +228,7 @@ def _fused(module: Module, line: Instruction, role: str = "") -> Iterator[tuple[
                 yield from _fused(module, part, own)
 
 
-def _transfer(line: Instruction, role: str, devices: int) -> Transfer:
+def transfer(line: Instruction, role: str, devices: int) -> Transfer:
     kind, group = line.opcode.removesuffix("-start"), group_size(line.text, devices)
     size = _whole_bytes(line, kind, group)
     if kind == "all-reduce" and role == "scatter":
@@ -236,18 +239,40 @@ def _transfer(line: Instruction, role: str, devices: int) -> Transfer:
 
 def group_size(text: str, devices: int) -> int:
     """Devices that take part in a collective together, from its replica_groups: all where it names none."""
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(part.split("=") for part in match[1].split(","))
-        group = 1
-        for axis in filter(None, match[2].split(",")):
-            name, _, part = axis.partition(":")  # 'a':(2)4 is the part of axis a of size 4
-            group *= int(part.partition(")")[2] if part else sizes[name])
-        return group
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(match[1])
-    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return match[1].count(",") + 1
-    return devices
+    return len(device_groups(text, devices)[0])
+
+
+def device_groups(text: str, devices: int) -> list[list[int]]:
+    """The devices of each group of a collective, numbered in the order of the mesh."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in (part.split("=") for part in match[1].split(","))}
+        sides: list[tuple[str, int]] = []
+        for name, size in sizes.items():
+            # 'a':(2)4 is the part of axis a of size 4 within the first 2
+            part = re.search(rf"{re.escape(name)}:\((\d+)\)(\d+)", match[3])
+            first, own = (int(part[1]), int(part[2])) if part else (1, size)
+            sides += [("", first), (name, own), ("", size // first // own)]
+        named = {axis.partition(":")[0] for axis in match[3].split(",")}
+        count = math.prod(sizes.values())
+        ids = _iota(match[2] or f"[{count}]").reshape([size for _, size in sides])
+        inner = [i for i, (name, _) in enumerate(sides) if name in named]
+        ids = np.moveaxis(ids, inner, range(-len(inner), 0))
+        return ids.reshape(-1, math.prod(sides[i][1] for i in inner)).tolist()
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(match[3]).reshape(int(match[1]), int(match[2])).tolist()
+    if match := re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", text):
+        return [
+            [int(device) for device in group.split(",")] for group in re.findall(r"[\d,]+\d|\d", match[1])
+        ]
+    return [list(range(devices))]
+
+
+def _iota(text: str) -> np.ndarray:
+    """The numbers of devices that "[2,4]T(1,0)" lists: 0 to 7 in an array of 2 x 4, transposed."""
+    shape, _, order = text.partition("T")
+    sides = [int(n) for n in re.findall(r"\d+", shape)]
+    ids = np.arange(math.prod(sides)).reshape(sides)
+    return ids.transpose([int(n) for n in re.findall(r"\d+", order)]) if order else ids
 
 
 def _whole_bytes(line: Instruction, kind: str, group: int) -> int:

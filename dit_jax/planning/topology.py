@@ -22,13 +22,15 @@ class Chip:
     Attributes: `hbm_gib` memory of a chip and `flops_per_cycle` of its matrix units in bfloat16 (Google Cloud's
     TPU pages; v6e's from the compiler's own estimate of a large product); the clock follows from the datasheet's
     peak. `ici` is what a chip sends along one axis of the torus, both directions, in bytes/s ("How to Scale
-    Your Model", chapter on TPUs).
+    Your Model", chapter on TPUs). `dcn` is a chip's share of the network between slices, bytes/s (v5e, v6e: Google
+    Cloud's page of v6e, 6.4 and 25.6 Tbit/s for 256 chips; of v4 and v5p 200 Gbit/s for a host of four is assumed).
     """
 
     name: str
     hbm_gib: float
     flops_per_cycle: int
     ici: float
+    dcn: float
     peak_flops: float = 0.0
 
     @property
@@ -38,15 +40,15 @@ class Chip:
 
 
 CHIPS = (
-    Chip("v4", 32, 2 * 4 * 2 * 128 * 128, 9e10, peak_flops("TPU v4") or 0),
-    Chip("v5e", 16, 4 * 2 * 128 * 128, 9e10, peak_flops("TPU v5 lite") or 0),
-    Chip("v5p", 95, 2 * 4 * 2 * 128 * 128, 1.8e11, peak_flops("TPU v5") or 0),
-    Chip("v6e", 32, 4 * 2 * 256 * 256, 1.8e11, peak_flops("TPU v6 lite") or 0),
+    Chip("v4", 32, 2 * 4 * 2 * 128 * 128, 9e10, 6.25e9, peak_flops("TPU v4") or 0),
+    Chip("v5e", 16, 4 * 2 * 128 * 128, 9e10, 3.125e9, peak_flops("TPU v5 lite") or 0),
+    Chip("v5p", 95, 2 * 4 * 2 * 128 * 128, 1.8e11, 6.25e9, peak_flops("TPU v5") or 0),
+    Chip("v6e", 32, 4 * 2 * 256 * 256, 1.8e11, 1.25e10, peak_flops("TPU v6 lite") or 0),
 )
 
 
-def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
-    """The chip and the devices of a topology such as "v5e:16x16", without any TPU; needs libtpu.
+def topology_devices(topology: str, slices: int = 1) -> tuple[Chip, Sequence[Any]]:
+    """The chip and the devices of so many slices of a topology such as "v5e:16x16", without any TPU; needs libtpu.
 
     One device is one chip: on v4 the two cores of a chip work as one, as they do by default on Google Cloud.
     Raises ConfigError for an unknown name or without libtpu.
@@ -68,7 +70,9 @@ def topology_devices(topology: str) -> tuple[Chip, Sequence[Any]]:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    if slices > 1:
+        options["num_slices"] = slices
     try:
         return chip, topologies.get_topology_desc(topology, "tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:

@@ -50,6 +50,7 @@ class LaunchOptions(JoinOptions):
 
     dry_run: bool
     compile_for: str
+    slices: int
 
 
 def parse_join(
@@ -90,7 +91,13 @@ def parse_launch(
         help="compile the step for TPUs that are not here, such as v5e:16x16, and print memory, collectives and "
         "estimated speed; train nothing",
     )  # fmt: skip
+    group.add_argument(
+        "--slices", type=int, default=1, metavar="N",
+        help="with --compile-for: N slices of that topology, joined by the data axis over the data centre's network",
+    )  # fmt: skip
     known, rest = parser.parse_known_args(args)
+    if known.slices < 1 or (known.slices > 1 and known.compile_for is None):
+        raise ConfigError(f"--slices is {known.slices}; expected 1 or more, with --compile-for")
     if known.compile_for is not None and not known.compile_for.strip():
         raise ConfigError("--compile-for is empty; expected a topology such as v5e:16x16")
     known.compile_for = known.compile_for or ""

@@ -298,6 +298,8 @@ def test_slurm_and_others_are_recognised(monkeypatch):
     ("args", "sentence"),
     [
         (["--compile-for", ""], "--compile-for is empty"),
+        (["--slices", "2"], "--slices is 2; expected 1 or more, with --compile-for"),
+        (["--compile-for", "v5e:2x2", "--slices", "0"], "--slices is 0; expected 1 or more"),
         (["--coordinator", "h:1", "--num-processes", "0", "--process-index", "0"], "--num-processes is 0"),
     ],
 )

@@ -155,12 +155,13 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def counts_before(weights: tuple[int, ...], draws: np.ndarray) -> np.ndarray:
-    """How many of the first `draws` (P,) of the even sequence each part has, (K, P) Python integers.
+    """How many of the first `draws` (P,) of the even sequence each part has, (K, P) integers, Python's if need be.
 
     The first part has its weight's share of the draws, rounded down, the second its share of the others, and so on:
     exact at any draw, without those before it, and never more than K - 1 from the share that the weights say.
     """
-    rest, total, counts = draws.astype(object), sum(weights), []
+    total, counts = sum(weights), []
+    rest = draws.astype(np.int64 if max(1, int(draws.max())) * total < 2**63 else object)
     for weight in weights[:-1]:
         counts.append(rest * weight // total)
         rest, total = rest - counts[-1], total - weight

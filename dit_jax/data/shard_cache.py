@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from dit_jax.config import ConfigError, DataConfig
 from dit_jax.files import check_folder
+from dit_jax.paths import is_remote
 
 Fetch = Callable[[str | os.PathLike[str], pathlib.Path], object]
 
@@ -152,6 +153,8 @@ def open_cache(data: DataConfig) -> ShardCache | None:
     """The cache that the options ask for. Raises ConfigError where its folder or its disk does not serve."""
     if not data.local_cache:
         return None
+    if is_remote(data.local_cache):
+        raise ConfigError(f"--data.local-cache is {data.local_cache}; expected a folder of this host")
     folder, limit = pathlib.Path(data.local_cache), int(data.local_cache_gb * 1e9)
     check_folder("--data.local-cache", folder)
     held = sum(entry.stat().st_size for entry in os.scandir(folder) if _SHARD.fullmatch(entry.name))

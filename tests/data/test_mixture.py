@@ -40,9 +40,11 @@ def test_every_draw_is_of_one_part_and_shares_never_drift(weights):
     for first in (0, 10**12 + 7):
         draws = first + np.arange(2000)
         counts = counts_before(weights, draws)
-        steps = np.diff(counts, axis=1)
+        one_by_one = [counts_before(weights, draws[i : i + 1].astype(object)) for i in (0, 1234, 1999)]
+        assert (np.concatenate(one_by_one, axis=1) == counts[:, [0, 1234, 1999]]).all()
+        steps = np.diff(counts.astype(object), axis=1)
         assert (counts.sum(axis=0) == draws).all() and (steps.sum(axis=0) == 1).all() and steps.min() >= 0
-        total = sum(weights)
+        total, counts = sum(weights), counts.astype(object)
         away = [abs(count * total - n * w) for w, row in zip(weights, counts, strict=True)
                 for count, n in zip(row, draws.tolist(), strict=True)]  # fmt: skip
         assert max(away) <= max(1, len(weights) - 1) * total  # in units of 1 / total, without rounding

@@ -1,6 +1,8 @@
 """Two processes with four devices each: each reads its own rows alone, and together they hold the same batches."""
 
+import dataclasses
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,19 +14,22 @@ from dit_jax.conditions import TextCondition
 from dit_jax.data.captions import caption_words
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset
-from dit_jax.data.loader import batch_indices
+from dit_jax.data.loader import batch_indices, order_of
+from dit_jax.data.metadata import METADATA_FILE, load_metadata
+from dit_jax.data.mixture import Mixture
 
 PROGRAM = """
 import contextlib, itertools, sys
 import jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-port, rank, folder, out = sys.argv[1:]
+port, rank, folder, wide, out = sys.argv[1:]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.conditions import TextCondition
 from dit_jax.config import ConfigError
 from dit_jax.data import latents, loader
 from dit_jax.data.loader import batches
+from dit_jax.data.mixture import Mixture
 
 # Interleaved devices: the rows of a process are not contiguous.
 devices = np.array(jax.devices()).reshape(2, 4).T.reshape(-1)
@@ -44,6 +49,12 @@ for cache, text in itertools.product(("none", "ram", "device"), (False, True)):
                         found[f"{cache}/{step}/{name}/{row}"] = data
     if cache == "none":
         assert set(asked) == {8}, asked
+mixture = Mixture([latents.LatentDataset(folder), latents.LatentDataset(wide)], (1, 2))  # of two sizes
+with contextlib.closing(batches(mixture, 16, 3, 5, sharding)) as stream:
+    for step, batch in enumerate(itertools.islice(stream, 3)):
+        for shard in batch["moments"].addressable_shards:
+            for row, data in zip(range(*shard.index[0].indices(16)), np.asarray(shard.data)):
+                found[f"mixture/{step}/{row}"] = data
 np.savez(out, **found)
 
 # Room for one copy of the set in the memory of this host, but not for one in each process.
@@ -63,13 +74,17 @@ def test_two_processes_hold_the_rows_of_one(random_source, fake_encoder, tmp_pat
     source._captions = [[f"{i}.{k}" for k in range(1 + i % 4)] for i in range(50)]
     source.has_captions = True
     prepare(source, fake_encoder(), tmp_path / "set", image_size=16, shard_size=16, batch_size=1)
+    folders = tmp_path / "set", tmp_path / "wide"
+    shutil.copytree(*folders)
+    wide = dataclasses.replace(load_metadata(folders[1]), latent_shape=(2, 8, 2))
+    (folders[1] / METADATA_FILE).write_text(wide.to_json())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(rank), tmp_path / "set", tmp_path / f"{rank}.npz"],
+            [sys.executable, "-c", PROGRAM, str(port), str(rank), *folders, tmp_path / f"{rank}.npz"],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -90,3 +105,10 @@ def test_two_processes_hold_the_rows_of_one(random_source, fake_encoder, tmp_pat
             for name, value in expected.items():
                 rows = np.stack([found[f"{cache}/{step}/{name}/{row}"] for row in range(16)])
                 np.testing.assert_array_equal(rows, value)
+    mixture = Mixture([LatentDataset(folder) for folder in folders], (1, 2))
+    order, sizes = order_of(mixture, 16, 3, 5, "sorted"), set()
+    for step in range(3):
+        expected = mixture.read(order[step])["moments"]
+        sizes.add(expected.shape[2:4])
+        np.testing.assert_array_equal([found[f"mixture/{step}/{row}"] for row in range(16)], expected)
+    assert sizes == {(4, 4), (2, 8)}

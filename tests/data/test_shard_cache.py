@@ -252,6 +252,10 @@ def test_limits_that_do_not_serve_are_refused(folder, tmp_path):
         ConfigError, match=r"--data.local-cache is '/proc/none', where no file can be written"
     ):
         open_cache(config_of(folder, "/proc/none", 1.0).data)
+    with pytest.raises(
+        ConfigError, match=r"^--data.local-cache is gs://bucket/a; expected a folder of this host$"
+    ):
+        open_cache(config_of(folder, "gs://bucket/a", 1.0).data)
     assert open_cache(DataConfig()) is None
     assert "local_cache" not in to_json(Config())
     config = config_of(folder, tmp_path, 3.0)

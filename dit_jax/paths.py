@@ -53,6 +53,33 @@ def absolute(path: Named) -> str:
     return str(path) if is_remote(path) else os.path.abspath(path)
 
 
+def real(path: Named) -> str:
+    """The whole name of a path, its links followed: two names of one file have the same."""
+    return str(to_path(path)) if is_remote(path) else os.path.realpath(path)
+
+
+def is_file(path: Named) -> bool:
+    """Whether there is a file of this name. Raises BucketError where a store does not say."""
+    return _kind(to_path(path)) == "file" if is_remote(path) else os.path.isfile(path)
+
+
+def is_folder(path: Named) -> bool:
+    """Whether there is a folder of this name; errors likewise."""
+    return _kind(to_path(path)) == "directory" if is_remote(path) else os.path.isdir(path)
+
+
+def is_there(path: Named) -> bool:
+    """Whether anything has this name, on a disk a link to nothing too; errors likewise."""
+    return bool(_kind(to_path(path))) if is_remote(path) else os.path.lexists(path)
+
+
+def _kind(path: pathlib.Path) -> str:
+    try:
+        return str(file_system(path).info(key_of(path))["type"])
+    except FileNotFoundError:
+        return ""
+
+
 @functools.cache
 def _registered() -> None:
     from dit_jax import buckets

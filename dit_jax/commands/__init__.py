@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dit_jax import signals
 from dit_jax.memory import keep_freed_memory
 
-EXIT_BAD_OPTION = 2
+EXIT_FAILED, EXIT_BAD_OPTION = 1, 2
 _GO_ON = "the same command goes on from the last checkpoint"
 
 
@@ -52,15 +52,25 @@ COMMANDS = {
 
 
 def run(name: str, program: str, args: Sequence[str] | None = None) -> int:
-    """Run a command in this process, with the process's arguments where no others are given; its exit code."""
+    """Run a command in this process, with the process's arguments where no others are given; its exit code.
+
+    What a store refuses, or does not answer, is one sentence, whatever the command was doing.
+    """
     command = COMMANDS[name]
     signals.leave_on_signals(program, command.interrupted, command.stopped)
     if command.steps:
         keep_freed_memory()  # before NumPy and JAX start threads
     signals.watch()
-    code: int = importlib.import_module(f"{__name__}.{name}").main(
-        program, list(sys.argv[1:] if args is None else args)
-    )
+    try:
+        code: int = importlib.import_module(f"{__name__}.{name}").main(
+            program, list(sys.argv[1:] if args is None else args)
+        )
+    except OSError as error:
+        from dit_jax import buckets, processes
+
+        if not isinstance(error, buckets.BucketError):
+            raise
+        return processes.end(EXIT_FAILED, f"{program}: {error}")
     return code
 
 

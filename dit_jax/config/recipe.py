@@ -31,6 +31,8 @@ def load(path: str | os.PathLike[str]) -> Config:
     named, path = path, pathlib.Path(path)
     places = (path, *([] if RECIPES == _INSTALLED else [_CLONE / path]), *_named(path))
     path = next((place for place in places if os.path.isfile(place)), path)
+    if "://" in os.fspath(named):
+        raise ConfigError(f"--config names {os.fspath(named)[:200]}; expected a recipe on a disk, or a name")
     if not os.path.isfile(path):
         raise ConfigError(
             f"--config names {os.fspath(named)[:200] or 'nothing'}, which is not a file; expected a recipe such as "

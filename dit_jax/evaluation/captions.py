@@ -6,7 +6,6 @@ Legend: N samples, P prompts, C channels of CLIP's space.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from dataclasses import asdict
 
@@ -14,12 +13,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dit_jax import paths
+from dit_jax.buckets import BucketError
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
-from dit_jax.evaluation.metrics import FILE
+from dit_jax.evaluation.metrics import FILE, append_line
 from dit_jax.evaluation.samples import load_pictures, load_prompts, load_provenance
 from dit_jax.files import whole_folder
-from dit_jax.runs.checkpoint import say
 from dit_jax.text.clip import Clip
 from dit_jax.text.prompt_sets import read_prompts
 
@@ -48,12 +48,8 @@ def report(npz: str, place: str) -> str:
     scores, provenance = clip_score(_in_color(images), captions, clip), load_provenance(npz)
     found = {"clip_score": float(scores.mean()), "clip_score_std": float(scores.std())}
     facts = {"metrics": found, "features": place, "weights_hash": clip.fingerprint, "count": len(images)}
-    if provenance.run is not None and (run := pathlib.Path(provenance.run)).is_dir():
-        try:
-            with (run / FILE).open("a") as file:
-                file.write(json.dumps(facts | asdict(provenance)) + "\n")
-        except OSError as error:
-            say(f"warning: {run / FILE} cannot be written ({error.strerror}); the result is not in it")
+    if provenance.run is not None and paths.is_folder(provenance.run):
+        append_line(paths.to_path(provenance.run) / FILE, json.dumps(facts | asdict(provenance)))
     return (
         f"CLIP score {found['clip_score']:.2f} (standard deviation {found['clip_score_std']:.2f}) of {len(images):,} "
         f"pictures with their captions, by {place} ({clip.fingerprint[:12]})"
@@ -88,8 +84,8 @@ def write_layout(npz: str, prompts: str, out: str) -> str:
     each = len(images) // count
     if of.names and each not in (1, SIDE_BY_SIDE**2):
         raise ConfigError(f"--npz {npz} has {each} samples for each prompt; expected 1 or {SIDE_BY_SIDE**2}")
-    target = pathlib.Path(out).expanduser()
-    if os.path.lexists(target):
+    target = paths.from_user(out)
+    if paths.is_there(target):
         raise ConfigError(f"--layout is {out}, which exists; expected a new folder")
     try:
         with whole_folder(target) as folder:
@@ -99,6 +95,8 @@ def write_layout(npz: str, prompts: str, out: str) -> str:
                     _write_geneval(folder / f"{number:05d}", of.records[number], pictures)
                 else:
                     _write_rows(folder / f"{of.names[number]}.png", pictures)
+    except BucketError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"--layout is {out}, which cannot be written ({error.strerror or error}); expected a place with room"

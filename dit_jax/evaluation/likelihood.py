@@ -6,7 +6,6 @@ Letters: N latents, B of them at once, H and W their sides, C their channels.
 from __future__ import annotations
 
 import math
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from dit_jax import paths
 from dit_jax.conditions import condition_of
 from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.data.latents import LatentDataset, draw_latents
@@ -47,7 +47,7 @@ def report(
     ):
         if not least <= value < 2**31:
             raise ConfigError(f"{option} is {value}; expected {least} to {2**31 - 1}")
-    folder = pathlib.Path(workdir)
+    folder = paths.to_path(workdir)
     config, metadata = run_config("--workdir", folder), read_metadata("--workdir", folder)
     held_out = _digits(config, metadata, count) if data is None else _prepared(data, config, metadata, count)
     bits = np.concatenate(list(_bits(config, metadata, folder, held_out, steps, batch_size, seed)))
@@ -104,9 +104,7 @@ def _prepared(data: str, config: Config, metadata: LatentMetadata, count: int) -
     for what in ("vae_hash", "latent_shape", "num_classes"):
         ours, theirs = getattr(metadata, what), getattr(dataset.metadata, what)
         if ours != theirs:
-            raise ConfigError(
-                f"--data {os.fspath(data)} has {what} {theirs}; expected {ours}, as the run's dataset"
-            )
+            raise ConfigError(f"--data {data} has {what} {theirs}; expected {ours}, as the run's dataset")
     return dataset.read(np.arange(min(count, len(dataset))))
 
 

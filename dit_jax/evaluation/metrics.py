@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.evaluation.features import FeatureExtractor, Features
 from dit_jax.evaluation.frechet import frechet_of
@@ -17,6 +18,7 @@ from dit_jax.evaluation.manifold import NEIGHBOURS, precision_and_recall
 from dit_jax.evaluation.references import Reference
 from dit_jax.evaluation.samples import Provenance
 from dit_jax.evaluation.scores import SPLIT, SUBSET_SIZE, SUBSETS, inception_score, kernel_distance
+from dit_jax.files import write_whole
 from dit_jax.runs.checkpoint import say
 
 FILE = "evaluations.jsonl"  # in a run's folder
@@ -175,8 +177,20 @@ def _check_dimensions(reference: Reference, ours: int, theirs: int) -> None:
 
 def append_evaluation(workdir: pathlib.Path, evaluation: Evaluation) -> None:
     """One more line in the run's evaluations.jsonl; a warning where it cannot be written."""
+    append_line(workdir / FILE, evaluation.to_json())
+
+
+def append_line(file: pathlib.Path, line: str) -> None:
+    """Add a line to a file of results; a warning where it cannot be written.
+
+    A bucket knows no end of an object: there it is written anew, and of two commands at once one's line is lost.
+    """
     try:
-        with (workdir / FILE).open("a") as file:
-            file.write(evaluation.to_json() + "\n")
+        if not paths.is_remote(file):
+            with file.open("a") as opened:
+                opened.write(line + "\n")
+            return
+        before = paths.read_bytes(file).decode() if paths.is_file(file) else ""
+        write_whole(file, before + line + "\n")
     except OSError as error:
-        say(f"warning: {workdir / FILE} cannot be written ({error.strerror}); the result is not in it")
+        say(f"warning: {file} cannot be written ({error.strerror or error}); the result is not in it")

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
+from dit_jax import paths
+from dit_jax.buckets import BucketError
 from dit_jax.config import ConfigError
 from dit_jax.data import digits
 from dit_jax.data.folders import FolderSource
@@ -63,7 +65,7 @@ def check_reference(name: str) -> None:
     if (
         name != "digits"
         and kind not in ("folder", "npz", "tfds")
-        and not pathlib.Path(name).expanduser().exists()
+        and not paths.is_there(paths.from_user(name))
     ):
         raise ConfigError(f"--reference is {name}, where there is nothing; {_EXPECTED}")
 
@@ -79,12 +81,12 @@ def load_reference(
     check_reference(name)
     if name == extractor.name == "digits":
         return _of_originals(split)
-    path = pathlib.Path(name).expanduser()
-    if path.is_file():
+    path = paths.from_user(name)
+    if paths.is_file(path):
         return _of_file(path, extractor)
-    if (path / METADATA_FILE).is_file():
+    if paths.is_file(path / METADATA_FILE):
         pictures = dataset_pictures(path, vae)
-    elif path.is_dir() and name != "digits":
+    elif paths.is_folder(path) and name != "digits":
         pictures = source_pictures(FolderSource(path), side)
     else:
         pictures = source_pictures(open_source(name, split), side)
@@ -112,7 +114,7 @@ def _of_file(path: pathlib.Path, extractor: FeatureExtractor) -> Reference:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             gaussians = {name: of for name in _FILES if (of := _gaussian(path, arrays, name)) is not None}
             images = arrays["arr_0"] if "arr_0" in arrays.files else None
-    except ConfigError:
+    except (ConfigError, BucketError):
         raise
     except Exception as error:  # readers of damaged files raise nearly anything
         raise ConfigError(f"--reference is {path}, which cannot be read ({error}); {_EXPECTED}") from None

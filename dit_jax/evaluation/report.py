@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.evaluation.features import FeatureExtractor, digits_extractor, features_of
 from dit_jax.evaluation.inception import inception_extractor
@@ -47,8 +47,8 @@ def compares_with_digits(reference: str) -> bool:
 
     if reference == "digits":
         return True
-    path = pathlib.Path(reference).expanduser()
-    return (path / METADATA_FILE).is_file() and load_metadata(path).source.startswith("digits/")
+    path = paths.from_user(reference)
+    return paths.is_file(path / METADATA_FILE) and load_metadata(path).source.startswith("digits/")
 
 
 def evaluate_file(
@@ -82,6 +82,6 @@ def evaluate_file(
     evaluation = evaluate(found, of, extractor, labels, provenance)
     if out is not None:
         write_whole(out, evaluation.to_json() + "\n")
-    if provenance.run is not None and (run := pathlib.Path(provenance.run)).is_dir():
-        append_evaluation(run, evaluation)
+    if provenance.run is not None and paths.is_folder(provenance.run):
+        append_evaluation(paths.to_path(provenance.run), evaluation)
     return evaluation

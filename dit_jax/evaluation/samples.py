@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax import paths
+from dit_jax.buckets import BucketError
 from dit_jax.config import ConfigError
 from dit_jax.files import whole_file
 
@@ -44,7 +45,7 @@ class Provenance:
 
 
 def save_samples(
-    path: str | os.PathLike[str],
+    path: paths.Named,
     images: np.ndarray,
     labels: np.ndarray | None,
     provenance: Provenance | None = None,
@@ -59,7 +60,7 @@ def save_samples(
 
 
 def write_samples(
-    path: str | os.PathLike[str],
+    path: paths.Named,
     blocks: Iterable[np.ndarray],
     labels: np.ndarray | None,
     provenance: Provenance | None = None,
@@ -86,52 +87,56 @@ def write_samples(
                 np.lib.format.write_array(member, values, allow_pickle=False)
 
 
-def load_provenance(path: str | os.PathLike[str]) -> Provenance:
+def load_provenance(path: paths.Named) -> Provenance:
     """What such a file says of its samples; nothing for a file of another program. Raises ConfigError."""
     known = {field.name for field in dataclasses.fields(Provenance)}
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with paths.to_path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if "provenance" not in file.files:
                 return Provenance()
             found = json.loads(str(file["provenance"]))
         return Provenance(**{name: value for name, value in found.items() if name in known})
+    except BucketError:
+        raise
     except Exception as error:  # readers of damaged files raise nearly anything
         raise ConfigError(
             f"--npz names {path}, whose provenance cannot be read ({error}); expected a file of sample.py"
         ) from None
 
 
-def load_prompts(path: str | os.PathLike[str]) -> list[str]:
+def load_prompts(path: paths.Named) -> list[str]:
     """The captions that such a file's samples show, in their order. Raises ConfigError where it has none."""
     try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with paths.to_path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return [str(caption) for caption in file["prompts"]]
+    except BucketError:
+        raise
     except Exception as error:  # readers of damaged files raise nearly anything
         raise ConfigError(
             f"--npz names {path}, whose captions cannot be read ({error}); expected a file of sample.py --prompts"
         ) from None
 
 
-def load_samples(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+def load_samples(path: paths.Named) -> tuple[np.ndarray, np.ndarray]:
     """(images, labels) of such a file. Raises ConfigError for a file that is not one."""
     images, labels = load_pictures(path, labelled=True)
     assert labels is not None
     return images, labels
 
 
-def load_pictures(
-    path: str | os.PathLike[str], labelled: bool = False
-) -> tuple[np.ndarray, np.ndarray | None]:
+def load_pictures(path: paths.Named, labelled: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
     """The same, also of a file of another program without labels unless they are asked for."""
     try:
-        if not os.path.isfile(path):  # a pipe would be waited for
+        if not paths.is_file(path):  # a pipe would be waited for
             raise ValueError("it is no file")
-        with open(path, "rb") as file:
+        with paths.to_path(path).open("rb") as file:
             found = np.load(file, allow_pickle=False)
             if not isinstance(found, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             images = found["arr_0"]
             labels = found["arr_1"] if labelled or "arr_1" in found.files else None
+    except BucketError:
+        raise
     except Exception as error:  # readers of damaged files raise nearly anything
         raise ConfigError(
             f"--npz names {path}, which cannot be read ({error}); expected a file of sample.py"

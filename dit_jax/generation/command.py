@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import os
 import pathlib
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,6 +14,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dit_jax import paths
 from dit_jax.config import Config, ConfigError, load, resolve, run_config
 from dit_jax.config.saved import shown
 from dit_jax.data.metadata import LatentMetadata
@@ -111,9 +111,9 @@ class Run:
         return str(self.workdir) if self.weights is None else self.weights.source
 
 
-def load_run(workdir: str | os.PathLike[str], option: str = "--workdir") -> Run:
+def load_run(workdir: paths.Named, option: str = "--workdir") -> Run:
     """The config and the dataset's metadata of a folder that `option` names; ConfigError where it is no run's."""
-    folder = pathlib.Path(workdir)
+    folder = paths.to_path(workdir)
     config, metadata = run_config(option, folder), read_metadata(option, folder)
     if not 0 < metadata.image_size < 2**16:
         file = folder / "dataset.json"
@@ -269,9 +269,9 @@ def provenance(args: DrawArgs, run: Run, options: SamplingOptions, step: int, as
 
 def recipe(args: DrawArgs, run: Run, steps: dict[str, Any], asked: Asked) -> dict[str, Any]:
     """All that decides the samples of these options, by option."""
-    folders = {"workdir": str(run.workdir.resolve())}
+    folders = {"workdir": paths.real(run.workdir)}
     if args.guide_workdir is not None:
-        folders["guide_workdir"] = str(pathlib.Path(args.guide_workdir).resolve())
+        folders["guide_workdir"] = paths.real(args.guide_workdir)
     checksums = run.workdir / "checkpoints" / str(steps["step"]) / CHECKSUMS
     of_files = hashlib.sha256(checksums.read_bytes()).hexdigest()[:12] if checksums.is_file() else None
     if run.weights is not None:
@@ -380,7 +380,7 @@ def _check_room(
         options.cfg_scale != 1,
         len(jax.devices()),
     )
-    if out is not None and args.npz is not None and os.path.realpath(out) == os.path.realpath(args.npz):
+    if out is not None and args.npz is not None and paths.real(out) == paths.real(args.npz):
         raise ConfigError(f"--out and --npz are both {out}; expected two files")
 
     def check_files() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.files import check_file
 from dit_jax.generation.decoding import load_vae, make_decoder
@@ -47,7 +47,7 @@ def edits_asked(args: SampleArgs, adaptive: bool) -> bool:
         if not args.trajectory.endswith(".gif"):
             raise ConfigError(f"--trajectory is {args.trajectory}; expected a file that ends with .gif")
         strip = strip_of(args.trajectory)
-        if args.out is not None and os.path.realpath(args.out) == os.path.realpath(strip):
+        if args.out is not None and paths.real(args.out) == paths.real(strip):
             raise ConfigError(
                 f"--out is {args.out}, where --trajectory puts its strip; expected another file"
             )

@@ -6,7 +6,6 @@ Letters: N samples, S steps, H and W latent sides, C latent channels, h and w si
 from __future__ import annotations
 
 import functools
-import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.compiler import compiler_options
 from dit_jax.config import Config, ConfigError
 from dit_jax.data.crop import center_crop
@@ -84,7 +84,7 @@ def read_picture(option: str, path: str, side: int, mode: str = "RGB") -> np.nda
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with paths.local_file(paths.to_path(path)) as here, Image.open(here) as image:
             return center_crop(image.convert(mode).convert("RGB"), side)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(
@@ -99,12 +99,12 @@ def kept_part(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return 1.0 - blocks.any(axis=(1, 3))[None, :, :, None].astype(np.float32)
 
 
-def strip_of(path: str | os.PathLike[str]) -> pathlib.Path:
+def strip_of(path: paths.Named) -> pathlib.Path:
     """The file of the strip beside an animation's."""
-    return pathlib.Path(os.fspath(path).removesuffix(".gif") + "_strip.png")
+    return paths.to_path(str(path).removesuffix(".gif") + "_strip.png")
 
 
-def save_way(path: str | os.PathLike[str], found: Way, decoder: Decoder) -> pathlib.Path:
+def save_way(path: paths.Named, found: Way, decoder: Decoder) -> pathlib.Path:
     """An animated GIF of the first samples, state beside predicted clean latent, and a strip of both as PNG.
 
     Returns the strip's file.

@@ -12,29 +12,38 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from dit_jax import leases, paths, signals
+from dit_jax.buckets import BucketError
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 from dit_jax.files import whole_file, write_whole
 from dit_jax.processes import on_lead
 from dit_jax.runs.checkpoint import say
 
-RECIPE = "recipe.json"
+RECIPE, LOCK = "recipe.json", ".lock"
 
 
-def parts_of(path: str | os.PathLike[str]) -> pathlib.Path:
+def parts_of(path: paths.Named) -> pathlib.Path:
     """The folder of what is to become the file `path`."""
-    return pathlib.Path(f"{os.fspath(path)}.parts")
+    return paths.to_path(f"{path}.parts")
 
 
 def held_bytes(folder: pathlib.Path) -> int:
-    """Bytes of the parts that lie there."""
-    return sum(file.stat().st_size for file in folder.glob("*.npz")) if os.path.isdir(folder) else 0
+    """Bytes of the parts that lie there, on a disk: a bucket is never full."""
+    if paths.is_remote(folder) or not os.path.isdir(folder):
+        return 0
+    return sum(file.stat().st_size for file in folder.glob("*.npz"))
+
+
+def _lost(why: str) -> None:
+    """Another process fills the folder from now on: this one must not go on with it."""
+    signals.remove_unfinished()
+    signals.end(1, why)
 
 
 class Parts:
@@ -53,8 +62,9 @@ class Parts:
 
         def open_folder() -> list[tuple[int, int]]:
             if anew:
-                shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
+                paths.remove(folder)
+            if not paths.is_remote(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as held:
                 self._lock(option, held)
                 self._check(option, json.loads(json.dumps(recipe)))
@@ -96,6 +106,8 @@ class Parts:
         try:
             with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
                 return dict(found)
+        except BucketError:
+            raise
         except Exception as error:  # readers of damaged files raise nearly anything
             raise ConfigError(
                 f"{file} cannot be read ({error}); expected it as it was written: remove it, and the same command "
@@ -106,7 +118,12 @@ class Parts:
         return self.folder / f"{start:010d}-{stop:010d}.npz"
 
     def _drop_damaged(self) -> None:
-        """Take away parts that are cut off, so that they are made again. Only their lists of contents are read."""
+        """Take away parts that are cut off, so that they are made again. Only their lists of contents are read.
+
+        In a bucket a part is whole or not there.
+        """
+        if paths.is_remote(self.folder):
+            return
         for start, stop in self._there():
             file = self._file(start, stop)
             try:
@@ -118,12 +135,21 @@ class Parts:
 
     def clear(self) -> None:
         """Take the parts away, by process 0: a result that was made of them stands in their place."""
-        for file in self.folder.glob("*.npz"):
-            file.unlink()
+        for start, stop in self._there():
+            paths.remove(self._file(start, stop))
 
     def remove(self) -> None:
         """Take the folder away, by process 0: all of it is in the file that it was for."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if not paths.is_remote(self.folder):
+            paths.remove(self.folder)
+            return
+        files = paths.files_below(self.folder)
+        locks = {name for name in files if name.startswith(f"{LOCK}.")}
+        for name in files.keys() - locks:
+            paths.remove(files[name])
+        self._held.close()  # a lock that is held would be written again
+        for name in locks:
+            paths.remove(files[name])
 
     def __enter__(self) -> Parts:
         return self
@@ -132,22 +158,32 @@ class Parts:
         self._held.close()
 
     def _lock(self, option: str, held: contextlib.ExitStack) -> None:
-        file = held.enter_context((self.folder / ".lock").open("a"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # a file system without locks is left alone
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(
-                    f"{option}: another command is filling {self.folder}; expected it to have ended, or another file"
-                ) from None
+        lock, taken = self.folder / LOCK, False
+        if paths.is_remote(lock):
+            try:
+                held.enter_context(leases.leased(lock, _lost))
+            except leases.HeldError:
+                taken = True
+        else:
+            file = held.enter_context(lock.open("a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # a file system without locks is left alone
+                taken = error.errno in (errno.EAGAIN, errno.EACCES)
+        if taken:
+            raise ConfigError(
+                f"{option}: another command is filling {self.folder}; expected it to have ended, or another file"
+            )
 
     def _check(self, option: str, recipe: Mapping[str, Any]) -> None:
         """Raises ConfigError where samples of another recipe lie here."""
         file = self.folder / RECIPE
-        if any(not name.startswith(".") and name != RECIPE for name in os.listdir(self.folder)):
+        if any(not name.startswith(".") and name != RECIPE for name in paths.names_in(self.folder)):
             try:
-                saved = json.loads(file.read_text())
+                saved = json.loads(paths.read_bytes(file))
                 other = next((name for name in recipe if saved.get(name) != recipe[name]), None)
+            except BucketError:
+                raise
             except (OSError, ValueError, AttributeError):
                 raise ConfigError(
                     f"{option}: {file} cannot be read; expected it as an earlier command left it, or no such folder"
@@ -162,7 +198,7 @@ class Parts:
 
     def _there(self) -> list[tuple[int, int]]:
         """(start, stop) of the parts, in order."""
-        names = (re.fullmatch(r"(\d{10})-(\d{10})\.npz", name) for name in os.listdir(self.folder))
+        names = (re.fullmatch(r"(\d{10})-(\d{10})\.npz", name) for name in paths.names_in(self.folder))
         return sorted((int(name[1]), int(name[2])) for name in names if name)
 
     def _missing(self) -> list[tuple[int, int]]:

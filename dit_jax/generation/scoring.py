@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.evaluation.features import FeatureExtractor, Features
@@ -152,7 +152,7 @@ def main(args: ScoreArgs) -> list[Evaluation]:
     if jax.process_index() == 0:
         if len(results) > 1:
             plot_guidance(plot, [options.cfg_scale for options in every], results)
-        shutil.rmtree(run.workdir / FOLDER, ignore_errors=True)
+        paths.remove(run.workdir / FOLDER)
     return results
 
 
@@ -194,12 +194,12 @@ def _measure(
     folder = run.workdir / FOLDER / f"{source.options.cfg_scale:g}"
     result = folder / f"{on_lead(lambda: ruler.reference and ruler.reference.hash)}.json"
     with Parts("--workdir", folder, decides, samples_of(source.condition)) as parts:
-        if not on_lead(result.is_file):
+        if not on_lead(lambda: paths.is_file(result)):
             draw(source, parts, ruler.extractor, progress=True)
             agree()
         if ruler.reference is None:
             return []
-        if result.is_file():
+        if paths.is_file(result):
             return [_read(json.loads(result.read_text()))]
         labels = source.condition.get("label")
         found = evaluate(features_of_parts(parts), ruler.reference, ruler.extractor, labels, came_from)

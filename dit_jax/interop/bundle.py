@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import Config, ConfigError, TextConfig, from_json, resolve, to_json
 from dit_jax.files import write_whole
 from dit_jax.interop import diffusers, keymap
@@ -28,7 +29,7 @@ FIELDS = ("version", "config", "step", "source", "label_names", "latents", "data
 
 def is_bundle(folder: pathlib.Path) -> bool:
     """Whether a folder is of this format, by the names of its files."""
-    return (folder / CONFIG).is_file() and (folder / TENSORS).is_file()
+    return paths.is_file(folder / CONFIG) and paths.is_file(folder / TENSORS)
 
 
 def read_bundle(place: str, folder: pathlib.Path, reading: Reading) -> Weights:
@@ -54,8 +55,8 @@ def read_bundle(place: str, folder: pathlib.Path, reading: Reading) -> Weights:
         ) from None
     if reading.vae:
         latents = latents_of(reading.vae, config.model.input_size[0])
-    elif (folder / "vae").is_dir():
-        hub = not pathlib.Path(place).expanduser().is_dir()
+    elif paths.is_folder(folder / "vae"):
+        hub = not paths.is_folder(paths.from_user(place))
         latents = dataclasses.replace(latents, vae=place if hub else str(folder.absolute()))
     return Weights(config=config, params=_tensors(folder / TENSORS, config), latents=latents, **rest)
 
@@ -63,7 +64,7 @@ def read_bundle(place: str, folder: pathlib.Path, reading: Reading) -> Weights:
 def write_bundle(folder: pathlib.Path, weights: Weights) -> None:
     """Write the files of this format into a folder."""
     latents = weights.latents
-    if os.path.isdir(os.path.expanduser(latents.vae)):
+    if paths.is_folder(os.path.expanduser(latents.vae)):
         try:
             diffusers.copy_autoencoder(latents.vae, folder / "vae")
         except (OSError, ValueError) as error:
@@ -108,7 +109,7 @@ def _readme(weights: Weights) -> str:
         for name, value in given[group].items()
         if value != plain[group][name]
     ]
-    vae = "vae/" if os.path.isdir(os.path.expanduser(weights.latents.vae)) else weights.latents.vae
+    vae = "vae/" if paths.is_folder(os.path.expanduser(weights.latents.vae)) else weights.latents.vae
     side = "x".join(map(str, (*m.input_size, m.in_channels)))
     size = sum(np.size(leaf) for leaf in keymap.flatten(weights.params).values())
     classes = f"{m.num_classes} classes" if m.num_classes else "no classes"

@@ -10,12 +10,12 @@ import hashlib
 import os
 import pathlib
 import re
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.files import whole_file
 from dit_jax.interop import keymap
 from dit_jax.interop.keymap import CONV, LINEAR, Rule
@@ -103,7 +103,7 @@ def copy_autoencoder(path_or_id: str | os.PathLike[str], folder: pathlib.Path) -
     config = read_config(file.parent / CONFIG_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     for part in (file.parent / CONFIG_FILE, file):
-        shutil.copyfile(part, folder / part.name)
+        paths.copy(part, folder / part.name)
     return config
 
 
@@ -149,19 +149,19 @@ def read_weights(file: pathlib.Path) -> dict[str, np.ndarray]:
 def weights_file(folder: pathlib.Path) -> pathlib.Path | None:
     """The file of weights in one folder of diffusers' format, None where there is none."""
     files = (folder / name for name in (WEIGHTS_FILE, PICKLED_FILE))
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if paths.is_file(file)), None)
 
 
 def _locate(path_or_id: str | os.PathLike[str], subfolder: str | None) -> pathlib.Path:
     """The file of the weights, which lies beside config.json."""
-    name = os.fspath(path_or_id)
-    root = asset_path("digits_vae") if name == "digits" else pathlib.Path(os.path.expanduser(name))
+    name = str(path_or_id)
+    root = asset_path("digits_vae") if name == "digits" else paths.to_path(os.path.expanduser(name))
     subfolders = ("", PIPELINE_SUBFOLDER) if subfolder is None else (subfolder,)
-    if not os.path.isdir(root):
+    if not paths.is_folder(root):
         root = _download(name, subfolders)
     for sub in subfolders:
         file = weights_file(root / sub)
-        if file and (file.parent / CONFIG_FILE).is_file():
+        if file and paths.is_file(file.parent / CONFIG_FILE):
             return file
     where = " or ".join(str(root / sub) for sub in subfolders)
     raise FileNotFoundError(f"autoencoder {name!r}: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {where}")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Literal
 
+from dit_jax import paths
 from dit_jax.config import ConfigError, MMDiTConfig
 from dit_jax.interop import bundle, diffusers, official, pipeline, sd3_pipeline
 from dit_jax.interop.tensor_files import SUFFIXES, read_safetensors, weight_files
@@ -19,7 +19,7 @@ Writer = Callable[[pathlib.Path, Weights], str | None]
 
 def is_run(place: str) -> bool:
     """Whether a place is the folder of a run of ours."""
-    return os.path.isdir(os.path.join(place, "checkpoints"))
+    return paths.is_folder(paths.to_path(place) / "checkpoints")
 
 
 def read_weights(place: str, reading: Reading, option: str) -> Weights:
@@ -27,8 +27,8 @@ def read_weights(place: str, reading: Reading, option: str) -> Weights:
 
     Raises ConfigError where there is none, or it is damaged, unsafe or of another network.
     """
-    path = pathlib.Path(place).expanduser()
-    if path.is_file():
+    path = paths.from_user(place)
+    if paths.is_file(path):
         if path.suffix not in SUFFIXES:
             raise ConfigError(
                 f"{option} is {place}; expected a file that ends with {', '.join(SUFFIXES)}, or a folder"
@@ -41,8 +41,8 @@ def read_weights(place: str, reading: Reading, option: str) -> Weights:
         raise ConfigError(
             f"{named[0]} is given with {option} {place}; expected only with a file such as {place}.pt"
         )
-    folder = path if path.is_dir() else _from_hub(place, option)
-    if (folder / pipeline.INDEX).is_file():
+    folder = path if paths.is_folder(path) else _from_hub(place, option)
+    if paths.is_file(folder / pipeline.INDEX):
         of_sd3 = sd3_pipeline.is_sd3(pipeline.read_json(folder / pipeline.INDEX))
         return (sd3_pipeline.read_sd3_pipeline if of_sd3 else pipeline.read_pipeline)(place, folder, reading)
     if bundle.is_bundle(folder):

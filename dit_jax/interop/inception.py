@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dit_jax import paths
+from dit_jax.buckets import BucketError
 from dit_jax.config import ConfigError
 from dit_jax.interop import keymap
 from dit_jax.interop.keymap import CONV, LINEAR, Rule
@@ -51,8 +53,8 @@ def find_inception(path: str | None) -> pathlib.Path:
         raise ConfigError(
             f"--inception is not given and ${VARIABLE} is not set; expected the file of weights {RELEASE}"
         )
-    file = pathlib.Path(named).expanduser()
-    if not file.is_file():
+    file = paths.from_user(named)
+    if not paths.is_file(file):
         option = "--inception" if path else f"${VARIABLE}"
         raise ConfigError(f"{option} is {named}, where there is no file; expected that of {RELEASE}")
     return file
@@ -98,7 +100,10 @@ def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
         import safetensors.numpy
 
         try:
-            return safetensors.numpy.load_file(file)
+            with paths.local_file(file) as here:
+                return safetensors.numpy.load_file(here)
+        except BucketError:
+            raise
         except Exception as error:  # readers of damaged files raise nearly anything
             raise ConfigError(f"{file} cannot be read ({error}); {expected}") from None
     try:
@@ -108,8 +113,11 @@ def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
             f"{file} is a file of PyTorch, which is not installed; expected torch, or the weights as .safetensors"
         ) from None
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        with paths.local_file(file) as here:
+            found = torch.load(here, map_location="cpu", weights_only=True)
         return {name: tensor.detach().numpy() for name, tensor in found.items()}
+    except BucketError:
+        raise
     except Exception as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ConfigError(f"{file} cannot be read ({reason}); {expected}") from None

@@ -10,6 +10,7 @@ import pathlib
 import re
 from typing import Any
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.interop import diffusers, keymap
 from dit_jax.interop.keymap import CONV, Layout, Rule
@@ -64,7 +65,7 @@ def _norm(pattern: str, name: str) -> tuple[Rule, Rule]:
 
 def open_autoencoder(file: pathlib.Path) -> TensorFile | None:
     """A file that holds such an autoencoder, None for anything else; errors as of `read_tensor_file`."""
-    if not file.is_file() or file.suffix not in SUFFIXES:
+    if file.suffix not in SUFFIXES or not paths.is_file(file):
         return None
     found = read_tensor_file(file)
     return found if any(prefix + SIGN in found.sets.get("", ()) for prefix in PREFIXES) else None

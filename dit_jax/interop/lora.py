@@ -6,12 +6,12 @@ transformer's modules; the scale is part of the second, so that every program re
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
+from dit_jax import paths
 from dit_jax.config import ConfigError, LoraConfig
 from dit_jax.config.text import SD3
 from dit_jax.interop.sd3 import diffusers_rules
@@ -37,7 +37,7 @@ def lora_state_dict(lora: Any, model: MMDiT, config: LoraConfig) -> dict[str, np
     return {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
 
 
-def write_lora(file: str | os.PathLike[str], params: Any, model: Any, config: LoraConfig) -> None:
+def write_lora(file: paths.Named, params: Any, model: Any, config: LoraConfig) -> None:
     """Write the file. Raises ConfigError for a network that diffusers loads no such file for."""
     if not isinstance(model, MMDiT) or model.text.encoder != SD3:
         raise ConfigError(

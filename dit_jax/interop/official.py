@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import Config, ConfigError, FlowMatchingConfig, GaussianConfig, ProcessConfig
 from dit_jax.interop import keymap
 from dit_jax.interop.imagenet import class_names
@@ -95,7 +96,7 @@ PROJECTION, TABLE, LAST = (
 )
 
 
-def read_published(file: str | os.PathLike[str], reading: Reading) -> Weights:
+def read_published(file: paths.Named, reading: Reading) -> Weights:
     """The weights of a published DiT or SiT, bare or as training leaves them: {model, ema, opt, args}.
 
     Sizes are those of the tensors, heads those of the table of sizes. Raises ConfigError, naming the file, where it
@@ -113,7 +114,7 @@ def read_published(file: str | os.PathLike[str], reading: Reading) -> Weights:
             f"--weights is {reading.which or 'ema'}, but {file} holds {kinds}; expected what it holds"
         )
     tensors = found.arrays(name)
-    config = reading.config or config_of(tensors, found.args, reading.process, os.fspath(file))
+    config = reading.config or config_of(tensors, found.args, reading.process, str(file))
     try:
         params = params_from_state_dict(tensors, _dit(config))
     except ValueError as error:
@@ -141,7 +142,7 @@ def _dit(config: Config) -> DiT:
     return model
 
 
-def write_published(file: str | os.PathLike[str], weights: Weights) -> None:
+def write_published(file: paths.Named, weights: Weights) -> None:
     """Write the bare state dict that the published programs load."""
     model = _dit(weights.config)
     try:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import Config, ConfigError, DiTConfig, GaussianConfig
 from dit_jax.config.saved import shown
 from dit_jax.files import write_whole
@@ -92,7 +93,7 @@ def read_pipeline(place: str, folder: pathlib.Path, reading: Reading) -> Weights
         raise ConfigError(str(error)) from None
     config, params = _without_padding(config, params, len(names))
     label_names = tuple(str(names.get(str(i), i)) for i in range(config.model.num_classes)) if names else ()
-    hub = not pathlib.Path(place).expanduser().is_dir()
+    hub = not paths.is_folder(paths.from_user(place))
     return Weights(
         config,
         params,
@@ -107,7 +108,7 @@ def read_pipeline(place: str, folder: pathlib.Path, reading: Reading) -> Weights
 def read_json(file: pathlib.Path) -> dict[str, Any]:
     """What a file of JSON says; ConfigError where it is missing or none."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(paths.read_bytes(file).decode())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}); expected JSON") from None
     if not isinstance(found, dict):

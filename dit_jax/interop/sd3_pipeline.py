@@ -19,6 +19,7 @@ import re
 import shutil
 from typing import Any
 
+from dit_jax import paths
 from dit_jax.config import Config, ConfigError, FlowMatchingConfig, MMDiTConfig, TextConfig, resolve
 from dit_jax.config.check import HEAD_DIM
 from dit_jax.config.networks import MMDIT_SIZES
@@ -83,7 +84,7 @@ def read_sd3_pipeline(place: str, folder: pathlib.Path, reading: Reading) -> Wei
     tensors: Tensors = {}
     for part in files:
         tensors |= read_safetensors(part)
-    hub = not pathlib.Path(place).expanduser().is_dir()
+    hub = not paths.is_folder(paths.from_user(place))
     here, side = place if hub else str(folder.absolute()), config.model.input_size[0]
     latents = latents_of(reading.vae, side) if reading.vae else latents_in(folder, here, side)
     params = _params(tensors, config, str(file.parent))
@@ -206,7 +207,7 @@ def _resolved(
 def _clip_widths(folder: pathlib.Path) -> tuple[int, int] | None:
     """Channels of the two CLIPs; None where they do not lie there."""
     files = [folder / name for name in CLIP_CONFIGS]
-    if not all(file.is_file() for file in files):
+    if not all(paths.is_file(file) for file in files):
         return None
     first, second = (read_json(file).get("projection_dim") for file in files)
     if type(first) is not int or type(second) is not int:
@@ -277,14 +278,15 @@ def write_sd3_pipeline(folder: pathlib.Path, weights: Weights) -> str:
 
 def _copied_texts(folder: pathlib.Path, place: str) -> dict[str, Any]:
     """Copy the encoders and tokenizers that lie in a folder; what a model_index.json says of all of them."""
-    source = pathlib.Path(os.path.expanduser(place))
+    source = paths.to_path(os.path.expanduser(place))
     entries: dict[str, Any] = {name: [None, None] for name in SD3_FOLDERS}
-    if not place or not (source / INDEX).is_file():
+    if not place or not paths.is_file(source / INDEX):
         return entries
     index = read_json(source / INDEX)
     for name in SD3_FOLDERS:
-        if (source / name).is_dir() and isinstance(index.get(name), list):
-            shutil.copytree(source / name, folder / name)
+        if paths.is_folder(source / name) and isinstance(index.get(name), list):
+            with paths.local_folder(source / name) as here:
+                shutil.copytree(here, folder / name)
             entries[name] = index[name]
     return entries
 

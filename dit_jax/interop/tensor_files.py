@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import pickle
 import zipfile
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from dit_jax import paths
+from dit_jax.buckets import BucketError
 from dit_jax.config import ConfigError
 from dit_jax.files import whole_file
 
@@ -39,13 +40,13 @@ class TensorFile:
         return {key: _array(tensor) for key, tensor in self.sets[name].items()}
 
 
-def read_tensor_file(file: str | os.PathLike[str]) -> TensorFile:
+def read_tensor_file(file: paths.Named) -> TensorFile:
     """The state dicts of a .safetensors file or of a pickle that torch wrote.
 
     Of a pickle the tensors are read when `arrays` asks for them. Raises ConfigError, naming the file, where it is
     cut, holds other objects than weights and plain values, or torch is missing.
     """
-    path = pathlib.Path(file)
+    path = paths.to_path(file)
     if path.suffix == ".safetensors":
         return TensorFile({"": read_safetensors(path)})
     found = _unpickled(path)
@@ -66,14 +67,15 @@ def read_tensor_file(file: str | os.PathLike[str]) -> TensorFile:
     return TensorFile(sets, args if isinstance(args, Mapping) else {})
 
 
-def read_safetensors(file: str | os.PathLike[str]) -> Tensors:
+def read_safetensors(file: paths.Named) -> Tensors:
     """The tensors of a safetensors file, bfloat16 among them; ConfigError where it is not whole."""
     import ml_dtypes  # noqa: F401  (NumPy knows bfloat16 by it)
     import safetensors
     import safetensors.numpy
 
     try:
-        return safetensors.numpy.load_file(file)
+        with paths.local_file(paths.to_path(file)) as here:
+            return safetensors.numpy.load_file(here)
     except safetensors.SafetensorError as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
 
@@ -83,22 +85,22 @@ def weight_files(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
 
     Raises ConfigError where the index cannot be read, or one of the several is missing.
     """
-    if (folder / name).is_file():
+    if paths.is_file(folder / name):
         return [folder / name]
     index = folder / f"{name}.index.json"
-    if not index.is_file():
+    if not paths.is_file(index):
         return []
     try:
-        files = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        files = sorted(set(map(str, json.loads(paths.read_bytes(index))["weight_map"].values())))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{index} cannot be read ({error!r}); expected a map of weights") from None
     for file in files:
-        if pathlib.Path(file).name != file or not (folder / file).is_file():
+        if pathlib.Path(file).name != file or not paths.is_file(folder / file):
             raise ConfigError(f"{folder} has no {file[:200]}; expected it, as {index.name} names it")
     return [folder / file for file in files]
 
 
-def write_safetensors(file: str | os.PathLike[str], tensors: Tensors) -> None:
+def write_safetensors(file: paths.Named, tensors: Tensors) -> None:
     """Write a safetensors file, which is never half there."""
     import safetensors.numpy
 
@@ -107,7 +109,7 @@ def write_safetensors(file: str | os.PathLike[str], tensors: Tensors) -> None:
         beside.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
 
 
-def write_pickled(file: str | os.PathLike[str], tensors: Tensors) -> None:
+def write_pickled(file: paths.Named, tensors: Tensors) -> None:
     """Write a bare state dict as `torch.save` does, which is never half there."""
     torch = _torch(file)
     with whole_file(file) as beside:
@@ -121,8 +123,11 @@ def _unpickled(path: pathlib.Path) -> Any:
     torch = _torch(path)
     try:
         # A training run keeps its options as a Namespace, which holds values and runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), paths.local_file(path) as here:
+            # What is mapped stays readable when the copy of a file in a bucket goes.
+            return torch.load(here, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(here))
+    except BucketError:
+        raise
     except pickle.UnpicklingError as error:
         reason = next(
             (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.config import DIT_SIZES, Config, ConfigError, ModelConfig, ProcessConfig, resolve
 from dit_jax.interop.diffusers import autoencoder_config
 from dit_jax.models.create import build_model, init_params
@@ -89,7 +89,7 @@ def latents_of(vae: str, side: int, image_size: int | None = None) -> Latents:
     """The latents of this side by an autoencoder that lies here; by Stable Diffusion's factors where it does not."""
     try:
         config = (
-            autoencoder_config(vae) if vae == "digits" or os.path.isdir(os.path.expanduser(vae)) else None
+            autoencoder_config(vae) if vae == "digits" or paths.is_folder(os.path.expanduser(vae)) else None
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"the autoencoder cannot be read: {error}") from None
@@ -123,7 +123,7 @@ def sized(
         raise ConfigError(f"{where} cannot be used: {error}") from None
 
 
-def name_of(place: str | os.PathLike[str]) -> str:
+def name_of(place: paths.Named) -> str:
     """The last part of a path, or a hub id whole."""
-    path = pathlib.Path(place)
-    return path.name if os.path.exists(path) else os.fspath(place)
+    path = paths.to_path(place)
+    return path.name if paths.is_file(path) or paths.is_folder(path) else str(place)

@@ -13,15 +13,19 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from dit_jax import paths
+from dit_jax.buckets import BucketError
 from dit_jax.conditions import TextCondition, condition_of
 from dit_jax.config import Config, ConfigError, DiTConfig, LoraConfig, run_config, to_json
 from dit_jax.data.metadata import LatentMetadata, StoredText
 from dit_jax.files import check_folder, whole_folder, write_whole
 from dit_jax.interop import keymap
-from dit_jax.interop.diffusers import weights_hash
+from dit_jax.interop.bundle import CONFIG
+from dit_jax.interop.diffusers import CONFIG_FILE, weights_hash
 from dit_jax.interop.formats import WRITERS, Kind, Writer, is_run, read_weights
 from dit_jax.interop.ldm import convert_autoencoder, open_autoencoder
 from dit_jax.interop.lora import write_lora
+from dit_jax.interop.pipeline import INDEX
 from dit_jax.interop.weights import Latents, Reading, Weights, name_of, shapes_of
 from dit_jax.models.create import build_model
 from dit_jax.models.lora import LORA
@@ -31,6 +35,8 @@ from dit_jax.runs.workdir import read_metadata
 
 WEIGHTS = "weights:"
 """What the source of a dataset begins with of which nothing is known but other people's weights."""
+LAST = {"run": "config.json", "diffusers": INDEX, "folder": CONFIG}
+"""The file of a format's folder by which others know that it is whole."""
 CONVENTIONS = {"pt": "published", "diffusers": "diffusers"}
 """Whose constants the programs that read a format compute with (`config.model.convention`)."""
 
@@ -49,16 +55,16 @@ def convert(
     of latent diffusion becomes a diffusers folder, with its own scaling factor where it has one. Raises ConfigError
     before anything is written.
     """
-    target = pathlib.Path(os.path.expanduser(out))
-    if os.path.lexists(target):
+    target = paths.to_path(os.path.expanduser(out))
+    if paths.is_there(target):
         raise ConfigError(f"OUT is {out}, which exists; expected a new name")
     if not target.name:
         raise ConfigError(f"OUT is {out!r}, which names no file or folder; expected one")
-    if (autoencoder := open_autoencoder(pathlib.Path(source).expanduser())) is not None:
+    if (autoencoder := open_autoencoder(paths.from_user(source))) is not None:
         if to not in (None, "diffusers"):
             raise ConfigError(f"--to is {to}, but {source} is an autoencoder; expected diffusers")
-        with _written(out, target), whole_folder(target) as beside:
-            vae = convert_autoencoder(pathlib.Path(source).expanduser(), autoencoder, beside, scaling_factor)
+        with _written(out, target), whole_folder(target, last=CONFIG_FILE) as beside:
+            vae = convert_autoencoder(paths.from_user(source), autoencoder, beside, scaling_factor)
         return f"{out} (diffusers): an autoencoder of {vae.latent_channels} channels, scaling {vae.scaling_factor:g}"
     if scaling_factor is not None:
         raise ConfigError(f"--scaling-factor is {scaling_factor}; expected only with an autoencoder's file")
@@ -77,7 +83,7 @@ def convert(
         if kind == "pt":
             WRITERS[kind](target, weights)
         else:
-            with whole_folder(target) as beside:
+            with _new_folder(target, kind) as beside:
                 write: Writer = write_run if kind == "run" else WRITERS[kind]
                 left_out = write(beside, weights)
             if left_out:
@@ -91,10 +97,26 @@ def _written(out: str, target: pathlib.Path) -> Iterator[None]:
     check_folder("OUT", target.parent)
     try:
         yield
+    except BucketError:
+        raise
     except OSError as error:
         raise ConfigError(
             f"OUT is {out[:400]}, which cannot be written ({error.strerror or error}); expected a place with room"
         ) from None
+
+
+@contextlib.contextmanager
+def _new_folder(target: pathlib.Path, kind: str) -> Iterator[pathlib.Path]:
+    """A folder to write a format's files into, which becomes `target`; nothing is left where that fails."""
+    if kind != "run" or not paths.is_remote(target):
+        with whole_folder(target, last=LAST[kind]) as beside:
+            yield beside
+        return
+    try:
+        yield target  # a checkpoint is written into a bucket otherwise than onto a disk; config.json comes last
+    except BaseException:
+        paths.remove(target)
+        raise
 
 
 def described(weights: Weights) -> str:
@@ -117,7 +139,7 @@ def read_run(folder: str, reading: Reading) -> Weights:
             raise ConfigError(
                 f"--{option} is given with the run {folder}, which has its own; expected neither"
             )
-    path = pathlib.Path(folder)
+    path = paths.to_path(folder)
     config, metadata = run_config("IN", path), read_metadata("IN", path)
     params, step = _stored(path, config, reading)
     latents = Latents(metadata.vae, metadata.image_size, metadata.scaling_factor, metadata.shift_factor)
@@ -131,12 +153,12 @@ def read_run(folder: str, reading: Reading) -> Weights:
 
 def _write_lora(run: str, target: pathlib.Path, reading: Reading) -> str:
     """Write the low-rank adaptation of a run; what it is, in a few words. ConfigError where the run has none."""
-    config = run_config("IN", run)
+    config = run_config("IN", paths.to_path(run))
     if config.lora.rank == 0:
         raise ConfigError(
             f"--to is lora, but {run} was trained with --lora.rank 0; expected a run with a rank"
         )
-    params, step = _stored(pathlib.Path(run), config, reading, merge=False)
+    params, step = _stored(paths.to_path(run), config, reading, merge=False)
     write_lora(target, params[LORA], build_model(config), config.lora)
     return f"rank {config.lora.rank}, step {step}"
 
@@ -190,4 +212,4 @@ def _text_of(weights: Weights) -> StoredText | None:
 
 
 def _is_here(vae: str) -> bool:
-    return vae == "digits" or os.path.isdir(os.path.expanduser(vae))
+    return vae == "digits" or paths.is_folder(os.path.expanduser(vae))

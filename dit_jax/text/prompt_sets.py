@@ -13,6 +13,7 @@ import json
 import pathlib
 from dataclasses import dataclass
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 
@@ -34,11 +35,11 @@ class PromptSet:
 
 def read_prompts(option: str, place: str) -> PromptSet:
     """The prompts in a file or folder that `option` names; ConfigError where there are none or it cannot be read."""
-    path = pathlib.Path(place).expanduser()
+    path = paths.from_user(place)
     try:
-        if path.is_dir():
+        if paths.is_folder(path):
             found = _of_folder(path)
-        elif not path.is_file():  # a pipe would be waited for
+        elif not paths.is_file(path):  # a pipe would be waited for
             raise OSError("it is no file")
         else:
             lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
@@ -64,7 +65,7 @@ def _of_records(lines: list[str]) -> PromptSet:
 
 
 def _of_folder(folder: pathlib.Path) -> PromptSet:
-    files = sorted(folder.glob("*.txt"))
+    files = [folder / name for name in paths.names_in(folder) if name.endswith(".txt")]
     captions = tuple(file.read_text("utf-8-sig").strip() for file in files)
     empty = next((file for file, caption in zip(files, captions, strict=True) if not caption), None)
     if empty is not None:

@@ -3,6 +3,7 @@
 import pytest
 
 from dit_jax import commands
+from dit_jax.buckets import BucketError
 
 
 @pytest.fixture
@@ -54,4 +55,19 @@ def test_an_option_without_a_value_names_the_command(capsys):
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith(
         "dit-jax train: error: argument --config: expected one argument\n"
+    )
+
+
+def test_what_a_store_refuses_is_one_sentence(monkeypatch, capsys):
+    from dit_jax.commands import convert
+
+    def refused(*_):
+        raise BucketError("gs://b/x: the store refuses or does not answer (HTTP 403)")
+
+    monkeypatch.setattr(convert, "main", refused)
+    for name in ("leave_on_signals", "watch"):
+        monkeypatch.setattr(commands.signals, name, lambda *_: None)
+    assert commands.run("convert", "convert.py", []) == 1
+    assert (
+        capsys.readouterr().err == "convert.py: gs://b/x: the store refuses or does not answer (HTTP 403)\n"
     )

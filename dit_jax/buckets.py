@@ -40,7 +40,8 @@ def register() -> None:
         from s3fs import S3FileSystem
     except ImportError as error:
         raise ConfigError(f"paths in buckets need {error.name}, which is not installed; {HELP}") from None
-    for name in ("gcsfs", "s3fs", "fsspec.prefetcher", "aiobotocore", "botocore"):  # they narrate errors that are raised too
+    # They narrate errors that are raised too.
+    for name in ("gcsfs", "s3fs", "fsspec.prefetcher", "aiobotocore", "botocore"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
     class GoogleBuckets(GCSFileSystem):

@@ -273,7 +273,7 @@ def recipe(args: DrawArgs, run: Run, steps: dict[str, Any], asked: Asked) -> dic
     if args.guide_workdir is not None:
         folders["guide_workdir"] = paths.real(args.guide_workdir)
     checksums = run.workdir / "checkpoints" / str(steps["step"]) / CHECKSUMS
-    of_files = hashlib.sha256(checksums.read_bytes()).hexdigest()[:12] if checksums.is_file() else None
+    of_files = hashlib.sha256(checksums.read_bytes()).hexdigest()[:12] if paths.is_file(checksums) else None
     if run.weights is not None:
         of_files = run.weights.digest()[:12]
     decides = {name: value for name, value in dataclasses.asdict(args).items() if name not in NOT_DECIDING}

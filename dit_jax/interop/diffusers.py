@@ -80,12 +80,12 @@ def load_autoencoder_kl(
 
 
 def save_autoencoder_kl(
-    path: str | os.PathLike[str], model: AutoencoderKL, params: dict[str, Any], dtype: Any = np.float32
+    path: paths.Named, model: AutoencoderKL, params: dict[str, Any], dtype: Any = np.float32
 ) -> None:
     """Write an autoencoder as a diffusers folder, weights as `dtype`; no file is ever half written."""
     import safetensors.numpy
 
-    folder = pathlib.Path(path)
+    folder = paths.to_path(path)
     state_dict = keymap.to_torch(params, AUTOENCODER_KL_RULES)
     keymap.to_flax(
         state_dict, shapes(model), AUTOENCODER_KL_RULES, "params"

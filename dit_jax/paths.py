@@ -131,6 +131,17 @@ def names_in(folder: pathlib.Path) -> list[str]:
     return sorted(name for path in found if (name := path.removeprefix(start).rstrip("/")) and path != start)
 
 
+def checksums_below(folder: pathlib.Path) -> dict[str, str]:
+    """What the store says that the files below a folder in a bucket are, by their name relative to it: their size with
+    the checksum that it keeps."""
+    start = key_of(folder).rstrip("/") + "/"
+    found = file_system(folder).find(key_of(folder), detail=True)
+    return {
+        name.removeprefix(start): f"{about['size']}:{about.get('crc32c') or about.get('ETag') or about.get('etag')}"
+        for name, about in sorted(found.items())
+    }
+
+
 def size_of(file: pathlib.Path) -> int:
     """Bytes of a file."""
     return file.stat().st_size

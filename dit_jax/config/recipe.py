@@ -61,10 +61,10 @@ def run_config(option: str, folder: str | os.PathLike[str]) -> Config:
 
     Raises ConfigError where there is none, or where config.json is not what training wrote.
     """
-    path = pathlib.Path(folder) / "config.json"
-    if not os.path.isfile(path):
+    path = (pathlib.Path(folder) if isinstance(folder, str) else folder) / "config.json"
+    if not path.is_file():
         raise ConfigError(
-            f"{option} is {os.fspath(folder)[:200]}, which has no config.json; expected the folder of a trained run"
+            f"{option} is {str(folder)[:200]}, which has no config.json; expected the folder of a trained run"
         )
     try:
         return resolve(from_json(path.read_text()))

@@ -4,7 +4,8 @@
                             /meta/                 JSON: config, dataset fingerprint and loss
                             /checksums.json        SHA-256 of every file, committed with them
 
-Nothing in them is ever unpickled.
+In a bucket, where nothing is renamed, a checkpoint counts from when it has Orbax's commit_success.txt, and the list
+holds the checksums that the store keeps: nothing is read back for it. Nothing in checkpoints is ever unpickled.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
+from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.processes import on_lead
 from dit_jax.runs.saving import Saver
@@ -29,6 +32,7 @@ from dit_jax.runs.state import TrainState
 
 CHECKSUMS = "checksums.json"
 ARRAYS = ("params", "ema", "rest")
+HASHERS = min(8, os.cpu_count() or 1)  # threads
 
 
 class CheckpointError(ConfigError):
@@ -62,7 +66,7 @@ class Checkpoints:
     def _loss_of(self, step: int) -> float | None:
         """The loss that a checkpoint was saved with; None where there is none, or its file is damaged."""
         try:
-            meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_bytes())
+            meta = json.loads(paths.read_bytes(self.directory / str(step) / "meta" / "metadata"))
         except (OSError, ValueError):
             return None
         loss = meta.get("loss") if isinstance(meta, dict) else None
@@ -130,7 +134,7 @@ class Checkpoints:
                 continue
             check(self._read(step, meta=ocp.args.JsonRestore())["meta"])
             return self._restore_arrays(step, like)
-        if any(self.directory.glob("damaged-*")):
+        if any(name.startswith("damaged-") for name in paths.names_in(self.directory)):
             raise CheckpointError(f"no readable checkpoint is left in {self.directory}; every one is damaged")
         return None
 
@@ -147,8 +151,9 @@ class Checkpoints:
     def _write_checksums(self) -> None:
         """Runs on process 0 in Orbax's background thread when all files are written, before they are committed
         under the step's name: the list of checksums is part of the atomic commit."""
-        # 12.orbax-checkpoint-tmp, or 12 on object stores; never 120
-        (folder,) = (p for p in self.directory.iterdir() if p.name.partition(".")[0] == str(self._saving))
+        # 12.orbax-checkpoint-tmp, or 12 in a bucket; never 120
+        names = paths.names_in(self.directory)
+        (folder,) = (self.directory / name for name in names if name.partition(".")[0] == str(self._saving))
         (folder / CHECKSUMS).write_text(json.dumps(file_checksums(folder), indent=1))
 
     def _set_aside(self, step: int, problem: str) -> None:
@@ -158,7 +163,7 @@ class Checkpoints:
             aside = self.directory / f"damaged-{step}"
             while aside.exists():
                 aside = aside.with_name(aside.name + "x")
-            os.rename(self.directory / str(step), aside)
+            paths.move(self.directory / str(step), aside)
 
         on_lead(rename)
         self._saver.reopen()
@@ -192,16 +197,29 @@ def steps_to_keep(
 
 
 def file_checksums(folder: pathlib.Path, item: str = "") -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint's folder, or below that of one item, by relative path.
+    """SHA-256 of every file below a checkpoint's folder, or below that of one item, by relative path; in a bucket the
+    store's own checksum.
 
-    Left out are the list itself and Orbax's note of its times, which it completes after the list is made.
+    Left out are the list itself, Orbax's note of its times, which it completes after the list is made, and its mark of
+    a whole folder.
     """
-    found = {}
-    for file in sorted((folder / item).rglob("*")):
-        if file.is_file() and file.name not in (CHECKSUMS, "_CHECKPOINT_METADATA"):
-            with file.open("rb") as data:
-                found[file.relative_to(folder).as_posix()] = hashlib.file_digest(data, "sha256").hexdigest()
-    return found
+    left_out = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
+    if paths.is_remote(folder):
+        found = paths.checksums_below(folder / item if item else folder)
+        start = f"{item}/" if item else ""
+        return {start + name: said for name, said in found.items() if name.rpartition("/")[2] not in left_out}
+    files = {name: file for name, file in paths.files_below(folder / item).items() if file.name not in left_out}
+    with futures.ThreadPoolExecutor(HASHERS) as pool:  # hashing leaves the interpreter to others
+        digests = pool.map(_sha256, files.values())
+        return {
+            file.relative_to(folder).as_posix(): digest
+            for file, digest in zip(files.values(), digests, strict=True)
+        }
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def find_damage(folder: pathlib.Path, item: str = "") -> str:

@@ -9,11 +9,12 @@ import pathlib
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
+from dit_jax import paths
 from dit_jax.runs.checkpoint import say
 
 
@@ -29,11 +30,10 @@ class MetricsLog:
         self._open = jax.process_index() == 0
         if not self._open:
             return
-        truncate(workdir / "metrics.jsonl", step)
         host, now = socket.gethostname(), time.time()
-        self._lines = _Appended(workdir / "metrics.jsonl")
+        self._lines = _appended(workdir / "metrics.jsonl", step)
         # TensorBoard drops what older files say of the steps from here on.
-        self._events = _Appended(workdir / "tensorboard" / f"events.out.tfevents.{now:.6f}.{host}")
+        self._events = _appended(workdir / "tensorboard" / f"events.out.tfevents.{now:.6f}.{host}")
         self._events.waiting = _record(file_version="brain.Event:2") + (_start(step + 1) if step else b"")
         self._failing = False
 
@@ -47,6 +47,12 @@ class MetricsLog:
         if problems and not self._failing:
             say(f"the metrics of step {step} could not be written ({problems[0]}); they wait for room")
         self._failing = bool(problems)
+
+    def flush(self) -> None:
+        """Before a checkpoint: what is logged so far reaches a bucket too, as far as it answers."""
+        if self._open:
+            for file in (self._lines, self._events):
+                file.flush(now=True)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -68,7 +74,7 @@ class _Appended:
         self._file: io.FileIO | None = None
         self.waiting = b""
 
-    def flush(self) -> OSError | None:
+    def flush(self, now: bool = False) -> OSError | None:
         """Write what waits; the error that kept a part of it back."""
         try:
             if self._file is None:
@@ -89,6 +95,47 @@ class _Appended:
             if self._file is not None:
                 self._file.close()
         return problem
+
+
+class _Uploaded:
+    """The same in a bucket, where nothing is appended: the file is put there anew, not more often than is good."""
+
+    SECONDS = 20.0  # between two of them
+
+    def __init__(self, path: pathlib.Path, before: bytes = b"") -> None:
+        self._path = path
+        self._whole = before
+        self._next = 0.0
+        self.waiting = b""
+
+    def flush(self, now: bool = False) -> OSError | None:
+        """Put the file there if that is due or wanted `now`; the error that kept it back."""
+        if not self.waiting or (time.monotonic() < self._next and not now):
+            return None
+        self._next = time.monotonic() + self.SECONDS
+        try:
+            self._path.write_bytes(self._whole + self.waiting)
+        except OSError as error:  # it has been asked for half a minute: not again at once
+            self._next = time.monotonic() + 6 * self.SECONDS
+            return error
+        self._whole, self.waiting = self._whole + self.waiting, b""
+        return None
+
+    def close(self) -> OSError | None:
+        """The last try; the error that kept a part of it back."""
+        return self.flush(now=True)
+
+
+def _appended(path: pathlib.Path, step: int = 0) -> _Appended | _Uploaded:
+    """A file of the log to go on with; lines of later steps are dropped from one that is there."""
+    if not paths.is_remote(path):
+        truncate(path, step)
+        return _Appended(path)
+    try:
+        before = paths.read_bytes(path)
+    except FileNotFoundError:
+        before = b""
+    return _Uploaded(path, before[: _kept(io.BytesIO(before), step)])
 
 
 # tensorboardX's own writer has a thread that dies of a full disk, and then blocks whoever writes.
@@ -119,7 +166,7 @@ def _scalars(step: int, metrics: Mapping[str, float]) -> bytes:
 
 def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl; one cut short by a crash is left out, and what is no line of metrics."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = paths.read_bytes(path).split(b"\n") if path.exists() else []
     return [found for line in lines if (found := _metrics(line)) is not None]
 
 
@@ -136,10 +183,15 @@ def truncate(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     with path.open("r+b") as file:
-        kept = 0
-        for line in file:
-            found = _metrics(line)
-            if (found is not None and found["step"] > step) or not line.endswith(b"\n"):
-                break
-            kept += len(line)
-        file.truncate(kept)
+        file.truncate(_kept(file, step))
+
+
+def _kept(lines: Iterable[bytes], step: int) -> int:
+    """Bytes of the lines up to `step` that are whole."""
+    kept = 0
+    for line in lines:
+        found = _metrics(line)
+        if (found is not None and found["step"] > step) or not line.endswith(b"\n"):
+            break
+        kept += len(line)
+    return kept

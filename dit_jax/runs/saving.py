@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import pathlib
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,11 +15,35 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
+
+from dit_jax import buckets, paths
 
 # Orbax narrates every save, and asyncio what a failed one has left undone; their errors are raised too.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+def orbax_path(path: pathlib.Path) -> epath.Path:
+    """A path as Orbax takes it."""
+    if str(path).startswith("s3://"):
+        _let_orbax_use_s3()
+    return epath.Path(paths.absolute(path))
+
+
+@functools.cache
+def _let_orbax_use_s3() -> None:
+    """Orbax knows Google's buckets as such, and takes Amazon's for folders. TensorStore, which does the work, knows
+    both: what Orbax does for the ones is right for the others."""
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    normalize, kvstore = tensorstore_utils._normalize_path, gcs_utils.get_kvstore_for_gcs
+    gcs_utils._GCS_PATH_PREFIX = buckets.SCHEMES
+    gcs_utils.get_kvstore_for_gcs = lambda path: buckets.kvstore(path) if path[:2] == "s3" else kvstore(path)
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(buckets.SCHEMES)
+    tensorstore_utils._normalize_path = lambda path: normalize(path).replace("s3:/", "s3://")
 
 
 class Saver:
@@ -51,7 +75,7 @@ class Saver:
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self.directory, options=self._options, item_names=self._names)
+        return ocp.CheckpointManager(orbax_path(self.directory), options=self._options, item_names=self._names)
 
     def start(self, step: int, args: ocp.args.Composite) -> None:
         """Start writing `step` in the background; no other save may be in progress (`settle`)."""
@@ -102,9 +126,9 @@ class Saver:
                 self.manager.close()
         end, clean = time.monotonic() + 10, 0
         while jax.process_index() == 0 and clean < 4 and time.monotonic() < end:
-            left = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
-            for folder in left:
-                shutil.rmtree(folder, ignore_errors=True)
+            left = [name for name in paths.names_in(self.directory) if ".orbax-checkpoint-tmp" in name]
+            for name in left:
+                paths.remove(self.directory / name)
             clean = 0 if left else clean + 1
             time.sleep(0.05)
 

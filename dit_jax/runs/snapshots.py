@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shutil
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tqdm
 
+from dit_jax import paths
 from dit_jax.config import Config, ConfigError, run_config, to_json
 from dit_jax.files import check_folder
 from dit_jax.runs import averages
 from dit_jax.runs.checkpoint import CheckpointError, say
-from dit_jax.runs.saving import Saver
+from dit_jax.runs.saving import Saver, orbax_path
 from dit_jax.runs.state import TrainState
 from dit_jax.runs.weights import save_weights
 
@@ -81,7 +81,8 @@ def reconstruct(workdir: pathlib.Path, sigma_rel: float, step: int | None = None
     steps = []
     if (workdir / "snapshots").is_dir():
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-        manager = ocp.CheckpointManager((workdir / "snapshots").absolute(), options=options, item_names=ITEMS)
+        folder = orbax_path(workdir / "snapshots")
+        manager = ocp.CheckpointManager(folder, options=options, item_names=ITEMS)
         steps = sorted(manager.all_steps())
     if not steps:
         raise CheckpointError(
@@ -111,7 +112,7 @@ def reconstruct(workdir: pathlib.Path, sigma_rel: float, step: int | None = None
 
 def _read(workdir: pathlib.Path, step: int) -> list[Any]:
     """The averages of one snapshot, as NumPy arrays, whatever devices wrote them."""
-    folder = (workdir / "snapshots" / str(step) / "averages").absolute()
+    folder = orbax_path(workdir / "snapshots" / str(step) / "averages")
     with ocp.StandardCheckpointer() as reader:
         shapes = reader.metadata(folder).item_metadata.tree
         return list(
@@ -135,7 +136,7 @@ class SnapshotArgs:
 
 def main(args: SnapshotArgs) -> None:
     """Reconstruct, and write the folder."""
-    workdir, out = pathlib.Path(args.workdir), pathlib.Path(args.out)
+    workdir, out = paths.to_path(args.workdir), paths.to_path(args.out)
     if out.exists():
         raise ConfigError(f"--out is {out}, which exists; expected a new folder")
     config = run_config("--workdir", workdir)
@@ -147,7 +148,7 @@ def main(args: SnapshotArgs) -> None:
     params, step = reconstruct(workdir, args.sigma_rel, args.step)
     optim = dataclasses.replace(config.optim, ema_more=(), ema_sigma_rel=())
     save_weights(out / "checkpoints", step, params)
-    shutil.copy(workdir / "dataset.json", out / "dataset.json")
+    paths.copy(workdir / "dataset.json", out / "dataset.json")
     (out / "config.json").write_text(to_json(dataclasses.replace(config, optim=optim)))
     print(json.dumps({"sigma_rel": args.sigma_rel, "step": step, "out": str(out)}))
 

@@ -14,12 +14,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from dit_jax import paths
 from dit_jax.conditions import condition_of, shared_rows
 from dit_jax.config import Config, ConfigError, run_config
 from dit_jax.models.create import build_model, init_params
 from dit_jax.models.lora import LORA, merged
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
+from dit_jax.runs.saving import orbax_path
 from dit_jax.runs.workdir import read_metadata
 
 Kind = Literal["ema", "params"]
@@ -27,9 +29,10 @@ Kind = Literal["ema", "params"]
 
 def checkpoint_steps(directory: pathlib.Path) -> list[int]:
     """Steps of the finished checkpoints in a run's checkpoints/ folder, ascending."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    names = [name for name in paths.names_in(directory) if name.isdigit()]
+    if paths.is_remote(directory):  # one that is being written has its name there
+        names = [name for name in names if (directory / name / "commit_success.txt").is_file()]
+    return sorted(map(int, names))
 
 
 def load_weights(
@@ -78,8 +81,8 @@ def _choose_step(directory: pathlib.Path, step: int | None, option: str) -> int:
 
 
 def _read(directory: pathlib.Path, step: int, like: Any, config: Config, kind: Kind) -> Any:
-    folder = directory.absolute() / str(step)
-    problem = shared_damage(folder, kind)
+    folder = orbax_path(directory) / str(step)
+    problem = shared_damage(directory / str(step), kind)
     if problem:
         raise CheckpointError(f"checkpoint of step {step} is damaged: {problem}; --step chooses another")
     others = num_averages(config.optim) - 1 if kind == "ema" else 0
@@ -123,14 +126,18 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
 
 def save_weights(directory: pathlib.Path, step: int, params: Any) -> None:
     """Write weights as a checkpoint that `load_weights` reads, for a run that only samples or fine-tunes."""
+    remote = paths.is_remote(directory)
+    folder = directory / (str(step) if remote else f".{step}.unfinished")
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory.absolute() / f".{step}.unfinished"
     with ocp.StandardCheckpointer() as writer:
-        writer.save(unfinished / "params", params)
-        writer.save(unfinished / "ema", (params,))
+        writer.save(orbax_path(folder) / "params", params)
+        writer.save(orbax_path(folder) / "ema", (params,))
         writer.wait_until_finished()
-    (unfinished / CHECKSUMS).write_text(json.dumps(file_checksums(unfinished), indent=1))
-    os.rename(unfinished, directory / str(step))
+    (folder / CHECKSUMS).write_text(json.dumps(file_checksums(folder), indent=1))
+    if remote:
+        (folder / "commit_success.txt").write_text("whole")
+    else:
+        os.rename(folder, directory / str(step))
 
 
 def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ()) -> Any:
@@ -140,7 +147,7 @@ def initial_weights(config: Config, fresh: Any, label_names: Sequence[str] = ())
     table (`shared_rows`). Says on stderr which weights these are, and where the process differs from theirs.
     Raises ConfigError, naming the parameter, where anything but the label table's rows differs.
     """
-    option, source = "--train.init-from", pathlib.Path(config.train.init_from)
+    option, source = "--train.init-from", paths.to_path(config.train.init_from)
     their_config = run_config(option, source)
     their_names = read_metadata(option, source).label_names if (source / "dataset.json").is_file() else ()
     theirs = jax.eval_shape(

@@ -15,11 +15,14 @@ from typing import Any
 
 import jax
 
+from dit_jax import leases, paths
 from dit_jax.config import ComputeConfig, Config, ConfigError, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import write_whole
-from dit_jax.processes import on_lead
+from dit_jax.processes import end, on_lead
 from dit_jax.runs.checkpoint import CheckpointError
+
+EXIT_LOST = 1  # of a process whose run another one has taken over
 
 # Options that may change when a run goes on; any other makes it another run.
 HARMLESS = {
@@ -68,7 +71,7 @@ def read_metadata(option: str, workdir: pathlib.Path) -> LatentMetadata:
             f"{option} is {workdir}, which has no {path.name}; expected the folder of a trained run"
         )
     try:
-        text = path.read_text()
+        text = paths.read_bytes(path).decode()
     except (OSError, ValueError) as error:  # bytes that are no text
         raise ConfigError(f"{path} cannot be read ({error}); expected it as training wrote it") from None
     return LatentMetadata.from_json(text, str(path))
@@ -109,13 +112,13 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 
     Checkpoints hold their config too: without a config.json `check_meta` decides.
     """
-    if os.path.lexists(workdir) and not os.path.isdir(workdir):
+    if not paths.is_remote(workdir) and os.path.lexists(workdir) and not os.path.isdir(workdir):
         found = f"a link to {os.readlink(workdir)}, no folder" if os.path.islink(workdir) else "no folder"
         raise ConfigError(f"--train.workdir is {os.fspath(workdir)!r}, which is {found}; expected a folder")
     path = workdir / "config.json"
-    if os.path.isfile(path):
+    if path.is_file():
         try:
-            saved = from_json(path.read_text())
+            saved = from_json(paths.read_bytes(path).decode())
         except ValueError as error:  # ConfigError, or bytes that are no text
             raise ConfigError(
                 f"{path} cannot be read ({error}); remove it, the checkpoints hold their config too"
@@ -127,21 +130,28 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 def hold(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the workdir, by process 0, as long as the block runs: two runs would write over each other's files.
 
-    The system lets go of it when the process ends, however it ends. Raises ConfigError, in all processes, while
-    another run holds it; a file system without locks is left alone.
+    The system lets go of it when the process ends, however it ends; in a bucket it is taken over half a minute later.
+    Raises ConfigError, in all processes, while another run holds it; a file system without locks is left alone.
     """
+    taken = ConfigError(
+        f"--train.workdir is {str(workdir)!r}, where another run is training; wait until it has ended, or name another "
+        "folder"
+    )
     with contextlib.ExitStack() as held:
 
         def lock() -> None:
+            if paths.is_remote(workdir):
+                try:
+                    held.enter_context(leases.leased(workdir / ".lock", lambda said: end(EXIT_LOST, said)))
+                except leases.HeldError:
+                    raise taken from None
+                return
             file = held.enter_context((workdir / ".lock").open("a"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
-                    raise ConfigError(
-                        f"--train.workdir is {os.fspath(workdir)!r}, where another run is training; wait until it "
-                        f"has ended, or name another folder"
-                    ) from None
+                    raise taken from None
 
         on_lead(lock)
         yield

@@ -62,7 +62,7 @@ def train(config: Config) -> TrainState:
     the same call goes on. Raises ConfigError, before anything is written, for options that contradict each
     other, the devices, the dataset or the run that the workdir holds, and TrainingDivergedError.
     """
-    workdir = pathlib.Path(config.train.workdir)
+    workdir = paths.to_path(config.train.workdir)
     goodput = Goodput(workdir)
     check_workdir(config, workdir)
     mesh = make_mesh(config.mesh)
@@ -280,7 +280,7 @@ class Run:
                     if int(state.bad_streak) >= t.bad_steps:
                         return state
                 with clock.paused(), watchdog.paused():
-                    self.save(state, step, loss, snapshots)
+                    self.save(state, step, loss, snapshots, log)
                     self.watch(state, step, last, log)
                 if not last and self.stops(state, step, loss):
                     break
@@ -307,7 +307,9 @@ class Run:
         split, order = batch_sharding(self.mesh), self.meta["order"]
         return batches(self.dataset, t.batch_size, t.seed, first, split, d.cache, d.workers, order)
 
-    def save(self, state: TrainState, step: int, loss: float | None, snapshots: Snapshots) -> None:
+    def save(
+        self, state: TrainState, step: int, loss: float | None, snapshots: Snapshots, log: MetricsLog
+    ) -> None:
         """Start the saves that are due after this step."""
         t = self.config.train
         with self.goodput.spent_on("save"):
@@ -315,6 +317,7 @@ class Run:
             due = step % t.checkpoint_every == 0
             # A state whose last update failed is no place to go back to.
             if step == t.steps or (due and int(state.bad_streak) == 0):
+                log.flush()
                 self.checkpoints.save(state, self.meta, loss)
             elif self.copies and step % t.local_checkpoint_every == 0 and int(state.bad_streak) == 0:
                 self.copies.take(state, self.meta)

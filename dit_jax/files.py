@@ -113,7 +113,9 @@ def write_whole(path: paths.Named, text: str) -> None:
 
 
 def sync_folder(folder: pathlib.Path) -> None:
-    """Make renames in a folder durable."""
+    """Make renames in a folder durable; in a bucket all is."""
+    if paths.is_remote(folder):
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -131,13 +131,24 @@ def names_in(folder: pathlib.Path) -> list[str]:
     return sorted(name for path in found if (name := path.removeprefix(start).rstrip("/")) and path != start)
 
 
+def sizes_in(folder: pathlib.Path) -> dict[str, int]:
+    """Bytes of the files in a folder by their names; none where there is no such folder."""
+    if is_remote(folder):
+        found = file_system(folder).find(key_of(folder), maxdepth=1, detail=True)
+        return {name.rpartition("/")[2]: about["size"] for name, about in found.items()}
+    if not os.path.isdir(folder):
+        return {}
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+
+
 def checksums_below(folder: pathlib.Path) -> dict[str, str]:
-    """What the store says that the files below a folder in a bucket are, by their name relative to it: their size with
-    the checksum that it keeps."""
+    """What the store says of the files below a folder in a bucket, by name relative to it: size and checksum."""
     start = key_of(folder).rstrip("/") + "/"
     found = file_system(folder).find(key_of(folder), detail=True)
     return {
-        name.removeprefix(start): f"{about['size']}:{about.get('crc32c') or about.get('ETag') or about.get('etag')}"
+        name.removeprefix(
+            start
+        ): f"{about['size']}:{about.get('crc32c') or about.get('ETag') or about.get('etag')}"
         for name, about in sorted(found.items())
     }
 
@@ -178,6 +189,15 @@ def copy(source: pathlib.Path, to: pathlib.Path) -> None:
         file_system(source).get_file(key_of(source), os.fspath(to))
     else:
         shutil.copyfile(source, to)
+
+
+def publish(file: pathlib.Path, to: pathlib.Path) -> None:
+    """Give a whole file on the disk its name, on the same disk or in a bucket; what had it before is replaced."""
+    if is_remote(to):
+        upload(file, to)
+        file.unlink()
+    else:
+        os.replace(file, to)
 
 
 def upload(file: pathlib.Path, to: pathlib.Path) -> None:

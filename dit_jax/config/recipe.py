@@ -56,7 +56,7 @@ def _named(path: pathlib.Path) -> list[pathlib.Path]:
     return [RECIPES / f"{path}.py"] if len(path.parts) == 1 and not path.suffix else []
 
 
-def run_config(option: str, folder: str | os.PathLike[str]) -> Config:
+def run_config(option: str, folder: str | pathlib.Path) -> Config:
     """The resolved config of the run in `folder`, which `option` names.
 
     Raises ConfigError where there is none, or where config.json is not what training wrote.

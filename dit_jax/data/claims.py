@@ -2,6 +2,7 @@
 
 A claim is a lock on one byte of a file in the dataset's folder. The system drops it when its process ends, however
 that ends, so a killed process leaves no claim behind.
+In a bucket all parts of a process are one lease: processes that share only some of them make those twice, alike.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import fcntl
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
+
+from dit_jax import leases, paths
 
 RECIPE = 0  # what is claimed to write the recipe
 FIRST_SHARD = 1  # shard i is part FIRST_SHARD + i
@@ -26,6 +29,13 @@ def claimed(file: pathlib.Path, parts: Iterable[int]) -> Iterator[bool]:
     Yields whether the parts are held: a file system without locks is left alone. A process must not nest blocks on
     one file, as the end of the inner one drops all of its locks. Raises OSError where the file cannot be written.
     """
+    if paths.is_remote(file):
+        first, *others = sorted(parts) or [0]
+        name = f"{file.name}-{first}-{[first, *others][-1]}-{len(others)}"
+        # Whoever takes over makes the same bytes, which appear whole: no harm is done.
+        with leases.leased(file.with_name(name), lost=lambda said: None, wait=True):
+            yield True
+        return
     with file.open("a") as handle:
         held = True
         waited = False

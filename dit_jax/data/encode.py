@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from dit_jax import paths
 from dit_jax.data.claims import FIRST_SHARD, RECIPE, claimed
 from dit_jax.data.crop import CROP
 from dit_jax.data.decode import Example, decoded
@@ -39,9 +39,9 @@ from dit_jax.data.metadata import (
     recipe,
 )
 from dit_jax.data.records import Captions, write_tfds_metadata
-from dit_jax.data.shards import UNFINISHED, ShardWriter, drop_partial, facts_file, is_whole
+from dit_jax.data.shards import UNFINISHED, ShardWriter, drop_partial, facts_file, whole_shards
 from dit_jax.data.sources import Source
-from dit_jax.files import check_folder, sync_folder, write_whole
+from dit_jax.files import check_folder, write_whole
 from dit_jax.memory import host_memory
 
 RECIPE_FILE = "recipe.json"
@@ -94,7 +94,7 @@ def prepare(
         raise DataError(f"--process-index is {process_index}; expected 0 to {process_count - 1}")
     embedder = (embedder or Embedder()) if source.has_captions else None
     plan = _plan(source, encoder, image_size, mirrors, dtype, shard_size, batch_size, embedder)
-    out, mine = pathlib.Path(directory), range(process_index, plan.num_shards, process_count)
+    out, mine = paths.to_path(directory), range(process_index, plan.num_shards, process_count)
     try:
         metadata = _look(out, plan) or _make(
             out, plan, mine, source, encoder, skip_bad, workers, embedder, option
@@ -103,11 +103,11 @@ def prepare(
         metadata = _look(out, plan)  # another process may have finished the same dataset and cleared up
         if metadata is None:
             raise DataError(
-                f"{option}, the dataset's folder, is {os.fspath(out)!r}, where a file cannot be written ({error}); "
+                f"{option}, the dataset's folder, is {str(out)!r}, where a file cannot be written ({error}); "
                 "expected a folder with room: the same command then goes on"
             ) from None
     if metadata:
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # of this run or of one that was killed
+        paths.remove(out / UNFINISHED)  # of this run or of one that was killed
     return metadata
 
 
@@ -157,14 +157,14 @@ def _plan(
 
 def _look(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata | None:
     """The finished dataset in the folder, None where it is yet to be made; DataError for one of another recipe."""
-    if os.path.isfile(out / METADATA_FILE):
+    if (out / METADATA_FILE).is_file():
         found = load_metadata(out)
         _require_same(plan, recipe(found), out, "a finished dataset")
         return found
     file = out / UNFINISHED / RECIPE_FILE
-    if os.path.isfile(file):
+    if file.is_file():
         _require_same(plan, _read_recipe(file), out, "an unfinished dataset")
-    elif os.path.isdir(out) and any(path.name != UNFINISHED for path in out.iterdir()):
+    elif any(name != UNFINISHED for name in paths.names_in(out)):
         if (out / METADATA_FILE).is_file():  # finished in this moment, by another process
             return _look(out, plan)
         raise DataError(f"{out} is not empty and holds no dataset of ours; expected a new or an empty folder")
@@ -173,7 +173,7 @@ def _look(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata | None:
 
 def _read_recipe(file: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(paths.read_bytes(file))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}); expected it as prepare.py wrote it") from None
     if not isinstance(found, dict):
@@ -197,7 +197,7 @@ def _make(
     Another process that makes the same shards is waited for: what it has done need not be done again.
     """
     check_folder(f"{option}, the dataset's folder,", out)
-    (out / UNFINISHED).mkdir(exist_ok=True)
+    (out / UNFINISHED).mkdir(parents=True, exist_ok=True)
     claims = out / UNFINISHED / CLAIMS_FILE
     with claimed(claims, [RECIPE]):
         if _look(out, plan) is None and not (out / UNFINISHED / RECIPE_FILE).is_file():
@@ -205,11 +205,12 @@ def _make(
     with claimed(claims, [FIRST_SHARD + i for i in mine]) as alone:
         if metadata := _look(out, plan):
             return metadata
-        missing = [i for i in mine if not is_whole(out, i, plan)]
+        whole = whole_shards(out, plan)
+        missing = [i for i in mine if i not in whole]
         if alone:
             drop_partial(out, missing)
         _encode_shards(out, plan, missing, source, encoder, skip_bad, workers, embedder)
-        if all(is_whole(out, i, plan) for i in range(plan.num_shards)):
+        if len(whole_shards(out, plan)) == plan.num_shards:
             return _finish(out, plan)
     return _look(out, plan)
 
@@ -235,16 +236,15 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _finish(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata:
     """Gather the shards' facts into the metadata; metadata.json comes last and makes the dataset visible."""
-    facts = [json.loads(facts_file(out, i).read_text()) for i in range(plan.num_shards)]
+    facts = [json.loads(paths.read_bytes(facts_file(out, i))) for i in range(plan.num_shards)]
     metadata = _gather(plan, facts)
-    with tempfile.TemporaryDirectory(dir=out / UNFINISHED, prefix="finish-") as folder:
+    beside = None if paths.is_remote(out) else out / UNFINISHED  # of one disk with it
+    with tempfile.TemporaryDirectory(dir=beside, prefix="finish-") as folder:
         staging = pathlib.Path(folder)
         write_tfds_metadata(staging, metadata)
         for file in sorted(staging.iterdir()):
-            os.replace(file, out / file.name)
-        write_whole(staging / METADATA_FILE, metadata.to_json())
-        os.replace(staging / METADATA_FILE, out / METADATA_FILE)
-    sync_folder(out)
+            paths.publish(file, out / file.name)
+    write_whole(out / METADATA_FILE, metadata.to_json())
     return metadata
 
 

@@ -32,7 +32,7 @@ def check(dataset: LatentDataset) -> None:
     if sum(m.shard_counts) != m.count:
         raise DataError(f"{METADATA_FILE} counts {m.count} records, but its shards {sum(m.shard_counts)}")
     for shard, expected in zip(dataset.shards, m.shard_sha256, strict=True):
-        with open(shard, "rb") as file:
+        with shard.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise DataError(f"{shard} has another checksum than {METADATA_FILE} says: it is damaged")
     sums, told = np.zeros((3, m.latent_shape[2])), np.zeros(2, int)
@@ -164,7 +164,7 @@ def sample_sheet(
     try:
         save_grid(file, np.concatenate(pictures), COLUMNS, _first_captions(dataset, rows))
     except OSError as error:
-        raise DataError(f"--out is {os.fspath(file)!r}, which cannot be written: {error}") from None
+        raise DataError(f"--out is {str(file)!r}, which cannot be written: {error}") from None
 
 
 def _first_captions(dataset: LatentDataset, rows: np.ndarray) -> list[str] | None:

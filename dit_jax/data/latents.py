@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dit_jax import paths
 from dit_jax.conditions import AnyCondition, condition_of
 from dit_jax.config import Config, ConfigError
 from dit_jax.data.captions import Reader, captions_in
 from dit_jax.data.metadata import DataError, LatentMetadata, load_metadata, shard_name
 from dit_jax.data.mixture import Mixture, check_parts
 from dit_jax.data.records import features_of
-from dit_jax.data.shard_cache import ShardCache, open_cache
+from dit_jax.data.shard_cache import ShardCache, cache_of_bucket, needs_cache, open_cache
 from dit_jax.processes import on_lead
 
 MANY = 4096  # shards, of which each would be asked for its size at the start
@@ -46,14 +47,14 @@ class LatentDataset:
         condition: AnyCondition | None = None,
         cache: ShardCache | None = None,
     ):
-        self.directory = pathlib.Path(directory)
+        self.directory = paths.to_path(directory)
         self.metadata: LatentMetadata = load_metadata(directory)
         m = self.metadata
         self.condition: AnyCondition = condition or m.condition
         self.conditions = Reader(self.condition, m)
         self._check_shards()
         self._ends = np.cumsum(m.shard_counts)
-        self._cache = cache
+        self._cache = cache or (cache_of_bucket(self.directory) if needs_cache(self.directory) else None)
         self._reader = self._readers()
         self._views = m.moments_shape[0] if mirror else 1
         if len(self):
@@ -82,15 +83,13 @@ class LatentDataset:
         """Raises DataError for a shard that is missing or of another size; of many shards, whose size is looked at
         when they are opened, for one that is missing."""
         many = self.metadata.num_shards > MANY
-        there = set(os.listdir(self.directory)) if many else set()
+        if many and paths.is_remote(self.directory):
+            return  # a store lists a thousand at a time
+        names = set(paths.names_in(self.directory)) if many else set()
+        sizes = {} if many else paths.sizes_in(self.directory)
         for number, size in enumerate(self.metadata.shard_bytes):
-            if many:
-                if shard_name(number, self.metadata.num_shards) in there:
-                    continue
-                found: object = "no file"
-            else:
-                shard = self.shard(number)
-                found = shard.stat().st_size if shard.is_file() else "no file"
+            name = shard_name(number, self.metadata.num_shards)
+            found = sizes.get(name, size if name in names else "no file")
             if found != size:
                 raise DataError(f"{self.shard(number)} {_other_size(found, size)}: prepare the dataset again")
 
@@ -217,11 +216,11 @@ class LatentDataset:
 
     def _open(self, shard: int) -> Any:
         """A reader of a shard, or of its copy in the cache."""
-        file, size = os.fspath(self.shard(shard)), self.metadata.shard_bytes[shard]
+        file, size = self.shard(shard), self.metadata.shard_bytes[shard]
         if self._cache is None:
             return _open(file, size)
         with self._cache.held(file, size, self.metadata.shard_sha256[shard]) as local:
-            return _open(os.fspath(local), size)
+            return _open(local, size)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
@@ -235,14 +234,14 @@ def _other_size(found: object, size: int) -> str:
     return f"has {found} bytes; metadata.json says {size}"
 
 
-def _open(file: str, size: int) -> Any:
-    """A reader of a file, which must be of this size."""
-    found = os.stat(file).st_size
+def _open(file: pathlib.Path, size: int) -> Any:
+    """A reader of a file, which must be of this size; of Google's buckets it reads what it is asked for."""
+    found = paths.size_of(file)
     if found != size:
         raise ValueError(f"it {_other_size(found, size)}")
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(file, options="readahead_buffer_size:0", file_reader_buffer_size=32768)
+    reader = ArrayRecordReader(str(file), options="readahead_buffer_size:0", file_reader_buffer_size=32768)
     if not reader.ok():
         reader.close()  # raises what was wrong
     return reader
@@ -347,7 +346,7 @@ def _prepare_embedded(source: str, directory: str) -> None:
     from dit_jax.data.metadata import METADATA_FILE
 
     def make() -> None:
-        if os.path.isfile(pathlib.Path(directory) / METADATA_FILE):
+        if (paths.to_path(directory) / METADATA_FILE).is_file():
             return
         from dit_jax.data.encode import prepare
         from dit_jax.data.encoders import flax_encoder

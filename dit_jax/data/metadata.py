@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dit_jax import paths
 from dit_jax.conditions import AnyCondition, LabelCondition, TextCondition
 from dit_jax.config import ConfigError
 
@@ -196,11 +196,11 @@ def shard_name(index: int, num_shards: int) -> str:
 
 def load_metadata(directory: str | os.PathLike[str]) -> LatentMetadata:
     """The metadata of a finished dataset. Raises DataError where there is none."""
-    file = pathlib.Path(directory) / METADATA_FILE
-    if not os.path.isfile(file):
-        state = "holds no finished latent dataset" if os.path.isdir(directory) else "does not exist"
+    file = paths.to_path(directory) / METADATA_FILE
+    if not file.is_file():
+        state = "holds no finished latent dataset" if file.parent.is_dir() else "does not exist"
         raise DataError(
             f"{directory} {state} (no {METADATA_FILE}); make one with "
             f"python prepare.py --source folder:PICTURES --vae VAE --out {directory}"
         )
-    return LatentMetadata.from_json(file.read_text(), str(file))
+    return LatentMetadata.from_json(paths.read_bytes(file).decode(), str(file))

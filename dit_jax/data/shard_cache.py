@@ -14,15 +14,16 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from dit_jax import paths
 from dit_jax.config import ConfigError, DataConfig
-from dit_jax.files import check_folder
-from dit_jax.paths import is_remote
+from dit_jax.files import cache_folder, check_folder
 
-Fetch = Callable[[str | os.PathLike[str], pathlib.Path], object]
+Fetch = Callable[[pathlib.Path, pathlib.Path], object]
 
 LOCKS = ".locks"
 ROOM = "room"  # the lock of who makes room
@@ -30,9 +31,9 @@ _SHARD = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = re.compile(r"([0-9a-f]{64})-(\d+)\.part")  # of a shard of so many bytes
 
 
-def fetch(shard: str | os.PathLike[str], to: pathlib.Path) -> None:
+def fetch(shard: pathlib.Path, to: pathlib.Path) -> None:
     """Copy a shard to a file on this host."""
-    shutil.copyfile(shard, to)
+    paths.copy(shard, to)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ShardCache:
     fetch: Fetch = fetch
 
     @contextlib.contextmanager
-    def held(self, shard: str | os.PathLike[str], size: int, sha256: str) -> Iterator[pathlib.Path]:
+    def held(self, shard: pathlib.Path, size: int, sha256: str) -> Iterator[pathlib.Path]:
         """A shard's copy, which does not leave while the block runs; who has opened it may read on after that.
 
         Raises OSError where it cannot be copied, and ValueError where what came has another size or checksum.
@@ -66,7 +67,7 @@ class ShardCache:
                 with self._lock(busy, fcntl.LOCK_EX):
                     pass
 
-    def _copy(self, shard: str | os.PathLike[str], local: pathlib.Path, size: int) -> str | None:
+    def _copy(self, shard: pathlib.Path, local: pathlib.Path, size: int) -> str | None:
         """Copy a shard whose lock is held, or name one in use that has to be waited for."""
         if (busy := self._make_room(local.name, size)) is not None:
             return busy
@@ -149,11 +150,26 @@ def _lock_of(name: str) -> str:
     return name if name == ROOM else name[:3]
 
 
+def needs_cache(directory: pathlib.Path) -> bool:
+    """Whether shards there can only be read when they are copied: ArrayRecord reads disks and Google's buckets."""
+    return str(directory).startswith("s3://")
+
+
+def cache_of_bucket(directory: pathlib.Path) -> ShardCache:
+    """A cache for a bucket that needs one, where the options ask for none: up to half of the disk's free room."""
+    folder = cache_folder() / "shards"
+    check_folder("--data.local-cache", folder)
+    cache = ShardCache(folder, shutil.disk_usage(folder).free // 2)
+    room = f"{cache.limit / 1e9:.0f} GB of them at most (--data.local-cache chooses)"
+    print(f"shards of {directory} are copied to {folder}, {room}", file=sys.stderr, flush=True)
+    return cache
+
+
 def open_cache(data: DataConfig) -> ShardCache | None:
     """The cache that the options ask for. Raises ConfigError where its folder or its disk does not serve."""
     if not data.local_cache:
         return None
-    if is_remote(data.local_cache):
+    if paths.is_remote(data.local_cache):
         raise ConfigError(f"--data.local-cache is {data.local_cache}; expected a folder of this host")
     folder, limit = pathlib.Path(data.local_cache), int(data.local_cache_gb * 1e9)
     check_folder("--data.local-cache", folder)

@@ -12,10 +12,12 @@ import os
 import pathlib
 import re
 import secrets
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
+from dit_jax import paths, signals
 from dit_jax.data.decode import Example
 from dit_jax.data.metadata import DataError, LatentMetadata, shard_name
 from dit_jax.data.records import Captions, serialize
@@ -29,13 +31,23 @@ def facts_file(out: pathlib.Path, index: int) -> pathlib.Path:
     return out / UNFINISHED / f"shard-{index:05d}.json"
 
 
-def is_whole(out: pathlib.Path, index: int, plan: LatentMetadata) -> bool:
-    """Whether a shard is finished."""
-    return (out / shard_name(index, plan.num_shards)).is_file() and facts_file(out, index).is_file()
+def whole_shards(out: pathlib.Path, plan: LatentMetadata) -> set[int]:
+    """The shards that are finished."""
+    shards, facts = set(paths.names_in(out)), set(paths.names_in(out / UNFINISHED))
+    return {
+        index
+        for index in range(plan.num_shards)
+        if shard_name(index, plan.num_shards) in shards and facts_file(out, index).name in facts
+    }
 
 
 def drop_partial(out: pathlib.Path, shards: Collection[int]) -> None:
-    """Remove what killed processes have written of these shards; no living one may be writing them."""
+    """Remove what killed processes have written of these shards; no living one may be writing them.
+
+    In a bucket there is nothing to remove: a shard is written on the disk, and put there when it is whole.
+    """
+    if paths.is_remote(out):
+        return
     for file in (out / UNFINISHED).iterdir():
         partial = re.fullmatch(r"shard-(\d+)-[0-9a-f]+", file.name)
         if partial and int(partial[1]) in shards:
@@ -49,7 +61,12 @@ class ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self._out, self._plan, self._index = out, plan, index
-        self._file = out / UNFINISHED / f"shard-{index:05d}-{secrets.token_hex(4)}"
+        name = f"shard-{index:05d}-{secrets.token_hex(4)}"
+        self._file = pathlib.Path(tempfile.gettempdir()) / f"dit_jax-{name}"
+        if not paths.is_remote(out):
+            self._file = out / UNFINISHED / name
+        else:
+            signals.unfinished.add(os.fspath(self._file))
         # One record per chunk for random access; moments are noise to a compressor.
         with _as_os_error():
             self._writer = ArrayRecordWriter(os.fspath(self._file), "group_size:1,uncompressed")
@@ -111,7 +128,8 @@ class ShardWriter:
         if self._plan.text:
             facts |= {"captions": self._captions, "caption_tokens": self._tokens}
         write_whole(facts_file(self._out, self._index), json.dumps(facts) + "\n")
-        os.replace(self._file, self._out / shard_name(self._index, self._plan.num_shards))
+        paths.publish(self._file, self._out / shard_name(self._index, self._plan.num_shards))
+        signals.unfinished.discard(os.fspath(self._file))
         sync_folder(self._out)
 
     def abandon(self) -> None:
@@ -119,6 +137,7 @@ class ShardWriter:
         with contextlib.suppress(OSError), _as_os_error():  # it may be the writer that failed
             self._writer.close()
         self._file.unlink(missing_ok=True)
+        signals.unfinished.discard(os.fspath(self._file))
 
 
 @contextlib.contextmanager

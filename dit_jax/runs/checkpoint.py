@@ -200,15 +200,17 @@ def file_checksums(folder: pathlib.Path, item: str = "") -> dict[str, str]:
     """SHA-256 of every file below a checkpoint's folder, or below that of one item, by relative path; in a bucket the
     store's own checksum.
 
-    Left out are the list itself, Orbax's note of its times, which it completes after the list is made, and its mark of
-    a whole folder.
+    Left out are the list itself, Orbax's note of its times, which it completes after the list is made, and its mark
+    of a whole folder.
     """
     left_out = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
     if paths.is_remote(folder):
         found = paths.checksums_below(folder / item if item else folder)
         start = f"{item}/" if item else ""
         return {start + name: said for name, said in found.items() if name.rpartition("/")[2] not in left_out}
-    files = {name: file for name, file in paths.files_below(folder / item).items() if file.name not in left_out}
+    files = {
+        name: file for name, file in paths.files_below(folder / item).items() if file.name not in left_out
+    }
     with futures.ThreadPoolExecutor(HASHERS) as pool:  # hashing leaves the interpreter to others
         digests = pool.map(_sha256, files.values())
         return {

@@ -75,7 +75,9 @@ class Saver:
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(orbax_path(self.directory), options=self._options, item_names=self._names)
+        return ocp.CheckpointManager(
+            orbax_path(self.directory), options=self._options, item_names=self._names
+        )
 
     def start(self, step: int, args: ocp.args.Composite) -> None:
         """Start writing `step` in the background; no other save may be in progress (`settle`)."""

@@ -134,8 +134,8 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
     Raises ConfigError, in all processes, while another run holds it; a file system without locks is left alone.
     """
     taken = ConfigError(
-        f"--train.workdir is {str(workdir)!r}, where another run is training; wait until it has ended, or name another "
-        "folder"
+        f"--train.workdir is {str(workdir)!r}, where another run is training; wait until it has ended, or name "
+        "another folder"
     )
     with contextlib.ExitStack() as held:
 

@@ -16,6 +16,7 @@ import optax
 import tqdm
 from jax.sharding import Mesh
 
+from dit_jax import paths
 from dit_jax.conditions import Condition, LabelCondition
 from dit_jax.config import Config, ConfigError
 from dit_jax.config.check import profiled_steps

@@ -80,10 +80,12 @@ def kvstore(path: str) -> dict[str, Any]:
     """TensorStore's name for a folder in a bucket."""
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
-    found = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket, "path": key}
+    found: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket, "path": key}
     if scheme == "s3" and (
         endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     ):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         found |= {"endpoint": endpoint, "aws_region": region}
+    if scheme == "s3" and "AWS_ACCESS_KEY_ID" in os.environ:  # else it looks around, and says so
+        found["aws_credentials"] = {"type": "environment"}
     return found

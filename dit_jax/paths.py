@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import os
 import pathlib
 import shutil
@@ -131,6 +132,14 @@ def names_in(folder: pathlib.Path) -> list[str]:
     return sorted(name for path in found if (name := path.removeprefix(start).rstrip("/")) and path != start)
 
 
+def matching(pattern: pathlib.Path) -> list[pathlib.Path]:
+    """Files and folders whose path fits a pattern with *, ? or **, in order."""
+    if is_remote(pattern):
+        scheme = str(pattern).partition("://")[0]
+        return [to_path(f"{scheme}://{name}") for name in sorted(file_system(pattern).glob(key_of(pattern)))]
+    return sorted(map(pathlib.Path, glob.glob(os.fspath(pattern), recursive=True)))
+
+
 def sizes_in(folder: pathlib.Path) -> dict[str, int]:
     """Bytes of the files in a folder by their names; none where there is no such folder."""
     if is_remote(folder):
@@ -139,6 +148,13 @@ def sizes_in(folder: pathlib.Path) -> dict[str, int]:
     if not os.path.isdir(folder):
         return {}
     return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+
+
+def sizes_below(folder: pathlib.Path) -> dict[str, int]:
+    """Bytes of all files below a folder in a bucket, by their name relative to it."""
+    start = key_of(folder).rstrip("/") + "/"
+    found = file_system(folder).find(key_of(folder), detail=True)
+    return {name.removeprefix(start): about["size"] for name, about in found.items()}
 
 
 def checksums_below(folder: pathlib.Path) -> dict[str, str]:
@@ -208,6 +224,14 @@ def upload(file: pathlib.Path, to: pathlib.Path) -> None:
 def read_bytes(file: pathlib.Path) -> bytes:
     """All of a file, as it was at one moment: another process may be replacing it."""
     return file_system(file).cat_file(key_of(file)) if is_remote(file) else file.read_bytes()
+
+
+def read_range(file: pathlib.Path, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on, or fewer where it ends before."""
+    if is_remote(file):
+        return file_system(file).cat_file(key_of(file), start=start, end=start + size)
+    with file.open("rb") as opened:
+        return os.pread(opened.fileno(), size, start)
 
 
 def create(file: pathlib.Path, text: str) -> None:

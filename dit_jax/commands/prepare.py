@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
 
-from dit_jax import signals
+from dit_jax import paths, signals
 from dit_jax.commands import EXIT_BAD_OPTION
 
 
@@ -26,7 +25,7 @@ class Prepare:
     """Where images come from: digits, digits-text (two digits and a caption), folder:PATH (a subfolder per class, or
     unlabelled), npz:PATH (images, labels), tar:PATH (webdataset's shards: a file, a folder or a pattern), tfds:NAME
     or tfds:PATH (features image and label, for example tfds:imagenet2012)."""
-    out: pathlib.Path
+    out: str
     """Folder of the dataset."""
     vae: str = "stabilityai/sd-vae-ft-mse"
     """Autoencoder in diffusers' format: a folder, a hub id, or `digits` for the small one that ships along."""
@@ -77,9 +76,9 @@ class Prepare:
 class Inspect:
     """Print a dataset's metadata, check every record and write a PNG of decoded samples."""
 
-    dir: Annotated[pathlib.Path, tyro.conf.Positional]
+    dir: Annotated[str, tyro.conf.Positional]
     """Folder of the dataset."""
-    out: pathlib.Path | None = None
+    out: str | None = None
     """The PNG (None: beside the folder, under its name)."""
     vae: str = ""
     """Where the autoencoder lies now (empty: where the metadata says)."""
@@ -140,7 +139,7 @@ def prepare(args: Prepare) -> None:
             embedder=embedder,
         )
     print(
-        f"{args.out}: "
+        f"{paths.to_path(args.out)}: "
         + (f"done\n{describe(metadata)}" if metadata else "waiting for other processes' shards")
     )
 
@@ -157,7 +156,8 @@ def inspect(args: Inspect) -> None:
         raise DataError(f"--count is {args.count}; expected 1 or more")
     keep_compiled_programs()
     dataset = LatentDataset(args.dir)
-    sheet = args.out or args.dir.with_name(f"{args.dir.name}.png")
+    folder = dataset.directory
+    sheet = paths.to_path(args.out) if args.out else folder.with_name(f"{folder.name}.png")
     check_file("--out", sheet)
     print(inspection.describe(dataset.metadata))
     inspection.check(dataset)

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from dit_jax import paths
 from dit_jax.data.metadata import DataError
 from dit_jax.data.sources import EXTENSIONS, BadImageError, decode_rgb, sha256
 
@@ -36,12 +37,14 @@ class FolderSource:
     in_memory = False
 
     def __init__(self, path: pathlib.Path, caption_field: str | None = None):
-        if not os.path.isdir(path):
+        listing = Listing(path, paths.sizes_below(path) if paths.is_remote(path) else None)
+        if not (listing.sizes or path.is_dir()):
             raise DataError(
                 f"folder:{path} is not a folder; expected one with a subfolder of pictures per class"
             )
         self.path, self.name = path, f"folder:{readable(path.resolve().name)}"
-        self.files = sorted(_pictures(path), key=os.fsencode)
+        self._listing = listing
+        self.files = sorted(listing.pictures(), key=os.fsencode)
         folders = [file.split("/")[0] for file in self.files if "/" in file]
         if not self.files:
             known = " ".join(sorted(EXTENSIONS))
@@ -57,14 +60,14 @@ class FolderSource:
         self.num_classes = len(classes)
         number = {name: index for index, name in enumerate(classes)}
         self.labels = [number[folder] for folder in folders] or [0] * len(self.files)
-        self._captions = None if caption_field is None else find_captions(path, self.files, caption_field)
+        self._captions = None if caption_field is None else find_captions(listing, self.files, caption_field)
         self.has_captions = self._captions is not None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        sizes = [size_of(self.path / file) for file in self.files]
+        sizes = [self._listing.size(file) for file in self.files]
         pictures = [os.fsencode(f"{file}\0{size}\0") for file, size in zip(self.files, sizes, strict=True)]
         return sha256([*pictures, *(self._captions.facts() if self._captions and self.has_captions else [])])
 
@@ -73,7 +76,7 @@ class FolderSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         try:
-            data = (self.path / self.files[index]).read_bytes()
+            data = paths.read_bytes(self.path / self.files[index])
         except OSError as error:  # the disk's trouble, not the picture's: never skipped
             raise unreadable(error) from None
         return decode_rgb(data), self.labels[index]
@@ -92,6 +95,8 @@ def readable(name: str) -> str:
 
 
 def unreadable(error: OSError) -> DataError:
+    if error.filename is None:  # a bucket's
+        return DataError(f"a file cannot be read: {error}")
     return DataError(f"{readable(str(error.filename))} cannot be read: {error.strerror}")
 
 
@@ -106,6 +111,35 @@ def size_of(file: pathlib.Path) -> int:
     return found.st_size
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What lies below a folder.
+
+    sizes: of all files by name, for a folder in a bucket, where one list costs less than a question for each file.
+    """
+
+    path: pathlib.Path
+    sizes: Mapping[str, int] | None = None
+
+    def pictures(self) -> Iterable[str]:
+        """Names of the pictures."""
+        if self.sizes is None:
+            return _pictures(self.path)
+        return (name for name in self.sizes if _is_picture(name) and "/." not in f"/{name}")
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return os.path.isfile(self.path / name) if self.sizes is None else name in self.sizes
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises DataError for what is none."""
+        return size_of(self.path / name) if self.sizes is None else self.sizes[name]
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
 def _pictures(path: pathlib.Path) -> Iterable[str]:
     def refuse(error: OSError) -> None:
         raise unreadable(error)
@@ -116,7 +150,7 @@ def _pictures(path: pathlib.Path) -> Iterable[str]:
             if os.path.islink(link) and pathlib.Path(folder).resolve().is_relative_to(os.path.realpath(link)):
                 raise DataError(f"{readable(link)} is a link to a folder that it lies in; expected none")
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
+            if not name.startswith(".") and _is_picture(name):
                 yield os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
 
 
@@ -127,14 +161,14 @@ def _pictures(path: pathlib.Path) -> Iterable[str]:
 class TextFiles:
     """Captions in a .txt file beside each picture, one a line."""
 
-    path: pathlib.Path
+    listing: Listing
     files: Sequence[str]
 
     def of(self, file: str) -> Sequence[str]:
         """The captions of a picture. Raises BadImageError where it has none."""
-        beside = self.path / _text_file(file)
+        beside = self.listing.path / _text_file(file)
         try:
-            lines = beside.read_text(encoding="utf-8-sig").splitlines()
+            lines = paths.read_bytes(beside).decode("utf-8-sig").splitlines()
         except FileNotFoundError:
             raise BadImageError(f"it has no caption; expected {readable(beside.name)} beside it") from None
         except UnicodeDecodeError:
@@ -146,8 +180,9 @@ class TextFiles:
     def facts(self) -> Iterator[bytes]:
         """What the fingerprint of the source says of them."""
         for file in self.files:
-            beside = self.path / _text_file(file)
-            yield str(size_of(beside) if os.path.lexists(beside) else "none").encode()
+            beside, sizes = _text_file(file), self.listing.sizes
+            there = os.path.lexists(self.listing.path / beside) if sizes is None else beside in sizes
+            yield str(self.listing.size(beside) if there else "none").encode()
 
 
 @dataclass(frozen=True)
@@ -167,7 +202,7 @@ class Table:
         yield repr(sorted(self.captions.items())).encode(errors="surrogateescape")
 
 
-def find_captions(path: pathlib.Path, files: Sequence[str], field: str) -> TextFiles | Table | None:
+def find_captions(listing: Listing, files: Sequence[str], field: str) -> TextFiles | Table | None:
     """The captions of a folder's pictures; None where it has none.
 
     field: the metadata files' column of captions (empty: text, caption or captions), or `txt` for the files beside
@@ -176,10 +211,10 @@ def find_captions(path: pathlib.Path, files: Sequence[str], field: str) -> TextF
     """
     folders = sorted({os.path.dirname(file) for file in files} | {""})
     tables = [
-        (folder, path / folder / name)
+        (folder, listing.path / folder / name)
         for folder in folders
         for name in METADATA_NAMES
-        if os.path.isfile(path / folder / name)
+        if listing.has(os.path.join(folder, name))
     ]
     captions: dict[str, tuple[str, ...]] = {}
     there = set(files)
@@ -196,7 +231,7 @@ def find_captions(path: pathlib.Path, files: Sequence[str], field: str) -> TextF
         return Table(captions)
     if field not in ("", "txt"):
         return None
-    return TextFiles(path, files) if any(os.path.isfile(path / _text_file(file)) for file in files) else None
+    return TextFiles(listing, files) if any(listing.has(_text_file(file)) for file in files) else None
 
 
 def _picture(row: Mapping[str, Any], folder: str, there: set[str], where: str) -> str:
@@ -220,7 +255,8 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 
 def _rows(table: pathlib.Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(number of its last line, columns) of every row of a metadata file. Raises DataError."""
-    size_of(table)  # no pipe
+    if not paths.is_remote(table):
+        size_of(table)  # no pipe
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             if table.suffix == ".csv":

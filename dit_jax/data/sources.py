@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
-import os
 import pathlib
 import zipfile
 import zlib
@@ -18,6 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
+from dit_jax import paths
 from dit_jax.data.metadata import DataError
 
 # Files of other kinds in a folder are not taken for images.
@@ -94,7 +94,7 @@ def open_source(
 def _open(name: str, split: str, tfds_data_dir: str | None, caption_field: str | None) -> Source:
     """caption_field: None where captions are not asked for."""
     kind, _, rest = name.partition(":")
-    path = pathlib.Path(os.path.expanduser(rest))
+    path = paths.from_user(rest)
     if name in ("digits", "digits-text"):
         return _embedded(name, split)
     if kind == "folder" and rest:
@@ -193,11 +193,11 @@ class ArraySource:
 
 def npz_source(path: pathlib.Path) -> ArraySource:
     """`images` (N, H, W, 3) or (N, H, W) uint8 of an .npz file, with `labels` (N,) and `label_names` if there."""
-    if os.path.exists(path) and not os.path.isfile(path):
+    if path.exists() and not path.is_file():
         raise DataError(f"npz:{path} is a folder, a pipe or a device; expected a file")
     try:
-        zipfile.ZipFile(path).close()  # np.load would take other files for arrays or pickles
-        with np.load(path) as file:
+        with paths.local_file(path) as here, zipfile.ZipFile(here), np.load(here) as file:
+            # Without the zip np.load would take other files for arrays or pickles.
             arrays = {name: file[name] for name in ("images", "labels", "label_names") if name in file.files}
             names = file.files
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -5,9 +5,7 @@ Nothing is extracted: the members' places are found once, and a record is read f
 
 from __future__ import annotations
 
-import glob
 import json
-import os
 import pathlib
 import tarfile
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from dit_jax import paths
 from dit_jax.data.folders import FIELDS, readable, size_of, unreadable
 from dit_jax.data.metadata import DataError
 from dit_jax.data.sources import EXTENSIONS, MAX_LABEL, BadImageError, decode_rgb, sha256
@@ -87,7 +86,7 @@ class TarSource:
         shard, found = self.shards[number], dict[str, dict[str, Place]]()
         size, end = size_of(shard), 0
         try:
-            with tarfile.open(shard, "r:") as tar:
+            with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
                     if end > size:
@@ -113,8 +112,7 @@ class TarSource:
     def _bytes(self, place: Place) -> bytes:
         number, first, size = place
         try:
-            with open(self.shards[number], "rb") as file:
-                data = os.pread(file.fileno(), size, first)
+            data = paths.read_range(self.shards[number], first, size)
         except OSError as error:
             raise unreadable(error) from None
         if len(data) != size:
@@ -163,13 +161,13 @@ def _picture(parts: dict[str, Place]) -> str:
 
 def _shards(path: pathlib.Path) -> list[pathlib.Path]:
     """The tar files of a path, a folder or a pattern. Raises DataError where there are none."""
-    if os.path.isdir(path):
-        found = sorted(path.glob("*.tar"))
-    elif os.path.isfile(path):
+    if path.is_dir():
+        found = [path / name for name in paths.names_in(path) if name.endswith(".tar")]
+    elif path.is_file():
         found = [path]
     else:
-        found = sorted(map(pathlib.Path, glob.glob(os.fspath(path), recursive=True)))
-    found = [shard for shard in found if not os.path.isdir(shard)]
+        found = paths.matching(path)
+    found = [shard for shard in found if not shard.is_dir()]
     if not found:
         raise DataError(
             f"tar:{path} names no tar file; expected one, a folder of *.tar, or a pattern in quotes"

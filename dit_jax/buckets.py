@@ -71,8 +71,9 @@ def register() -> None:
         options: dict[str, Any] = {"use_listings_cache": False}
         if kind is GoogleBuckets:
             options["consistency"] = "md5"
-            if os.environ.get("STORAGE_EMULATOR_HOST"):
+            if os.environ.get("STORAGE_EMULATOR_HOST"):  # no credentials, which are not looked for
                 options["token"] = "anon"
+                os.environ.setdefault("NO_GCE_CHECK", "true")
         fsspec.config.conf[scheme] = options
 
 

@@ -62,7 +62,7 @@ def run_config(option: str, folder: str | pathlib.Path) -> Config:
     Raises ConfigError where there is none, or where config.json is not what training wrote.
     """
     path = (pathlib.Path(folder) if isinstance(folder, str) else folder) / "config.json"
-    if not path.is_file():
+    if not (os.path.isfile(path) if isinstance(path, pathlib.Path) else path.is_file()):
         raise ConfigError(
             f"{option} is {str(folder)[:200]}, which has no config.json; expected the folder of a trained run"
         )

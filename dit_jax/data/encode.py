@@ -157,12 +157,12 @@ def _plan(
 
 def _look(out: pathlib.Path, plan: LatentMetadata) -> LatentMetadata | None:
     """The finished dataset in the folder, None where it is yet to be made; DataError for one of another recipe."""
-    if (out / METADATA_FILE).is_file():
+    if paths.is_file(out / METADATA_FILE):
         found = load_metadata(out)
         _require_same(plan, recipe(found), out, "a finished dataset")
         return found
     file = out / UNFINISHED / RECIPE_FILE
-    if file.is_file():
+    if paths.is_file(file):
         _require_same(plan, _read_recipe(file), out, "an unfinished dataset")
     elif any(name != UNFINISHED for name in paths.names_in(out)):
         if (out / METADATA_FILE).is_file():  # finished in this moment, by another process

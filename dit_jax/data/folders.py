@@ -38,7 +38,7 @@ class FolderSource:
 
     def __init__(self, path: pathlib.Path, caption_field: str | None = None):
         listing = Listing(path, paths.sizes_below(path) if paths.is_remote(path) else None)
-        if not (listing.sizes or path.is_dir()):
+        if not (listing.sizes or paths.is_folder(path)):
             raise DataError(
                 f"folder:{path} is not a folder; expected one with a subfolder of pictures per class"
             )

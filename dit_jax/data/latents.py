@@ -346,7 +346,7 @@ def _prepare_embedded(source: str, directory: str) -> None:
     from dit_jax.data.metadata import METADATA_FILE
 
     def make() -> None:
-        if (paths.to_path(directory) / METADATA_FILE).is_file():
+        if paths.is_file(paths.to_path(directory) / METADATA_FILE):
             return
         from dit_jax.data.encode import prepare
         from dit_jax.data.encoders import flax_encoder

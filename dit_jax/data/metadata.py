@@ -197,8 +197,8 @@ def shard_name(index: int, num_shards: int) -> str:
 def load_metadata(directory: str | os.PathLike[str]) -> LatentMetadata:
     """The metadata of a finished dataset. Raises DataError where there is none."""
     file = paths.to_path(directory) / METADATA_FILE
-    if not file.is_file():
-        state = "holds no finished latent dataset" if file.parent.is_dir() else "does not exist"
+    if not paths.is_file(file):
+        state = "holds no finished latent dataset" if paths.is_folder(file.parent) else "does not exist"
         raise DataError(
             f"{directory} {state} (no {METADATA_FILE}); make one with "
             f"python prepare.py --source folder:PICTURES --vae VAE --out {directory}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import os
 import pathlib
 import zipfile
 import zlib
@@ -193,7 +194,7 @@ class ArraySource:
 
 def npz_source(path: pathlib.Path) -> ArraySource:
     """`images` (N, H, W, 3) or (N, H, W) uint8 of an .npz file, with `labels` (N,) and `label_names` if there."""
-    if path.exists() and not path.is_file():
+    if not paths.is_remote(path) and os.path.exists(path) and not os.path.isfile(path):
         raise DataError(f"npz:{path} is a folder, a pipe or a device; expected a file")
     try:
         with paths.local_file(path) as here, zipfile.ZipFile(here), np.load(here) as file:

@@ -161,13 +161,13 @@ def _picture(parts: dict[str, Place]) -> str:
 
 def _shards(path: pathlib.Path) -> list[pathlib.Path]:
     """The tar files of a path, a folder or a pattern. Raises DataError where there are none."""
-    if path.is_dir():
+    if paths.is_folder(path):
         found = [path / name for name in paths.names_in(path) if name.endswith(".tar")]
-    elif path.is_file():
+    elif paths.is_file(path):
         found = [path]
     else:
         found = paths.matching(path)
-    found = [shard for shard in found if not shard.is_dir()]
+    found = [shard for shard in found if not paths.is_folder(shard)]
     if not found:
         raise DataError(
             f"tar:{path} names no tar file; expected one, a folder of *.tar, or a pattern in quotes"

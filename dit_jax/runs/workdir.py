@@ -116,7 +116,7 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
         found = f"a link to {os.readlink(workdir)}, no folder" if os.path.islink(workdir) else "no folder"
         raise ConfigError(f"--train.workdir is {os.fspath(workdir)!r}, which is {found}; expected a folder")
     path = workdir / "config.json"
-    if path.is_file():
+    if paths.is_file(path):
         try:
             saved = from_json(paths.read_bytes(path).decode())
         except ValueError as error:  # ConfigError, or bytes that are no text

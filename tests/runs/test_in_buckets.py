@@ -91,14 +91,13 @@ def test_weights_in_a_bucket(google, program):
 
 def test_one_run_at_a_time(google, monkeypatch):
     workdir = paths.to_path(f"{google.bucket()}/run")
-    with (
-        hold(workdir),
-        pytest.raises(ConfigError, match=r"--train.workdir is 'gs://.*/run', where another run is"),
-    ):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(leases, "_is_free", lambda *_: False)  # it is renewed; not waited for here
-            with hold(workdir):
-                pass
+    monkeypatch.setattr(leases, "_is_free", lambda *_: False)  # the owner renews it; not waited for here
+    refused = pytest.raises(
+        ConfigError, match=r"--train.workdir is 'gs://.*/run', where another run is training"
+    )
+    with hold(workdir), refused, hold(workdir):
+        pass
+    monkeypatch.undo()
     with hold(workdir):
         pass
 

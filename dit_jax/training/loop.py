@@ -136,9 +136,7 @@ def ruler_of(config: Config, metadata: LatentMetadata) -> Ruler | None:
 def copies_of(config: Config, workdir: pathlib.Path, program: Program) -> Copies | None:
     """The emergency copies of the run, if it makes any."""
     t = config.train
-    if not t.local_checkpoint_every:
-        return None
-    return Copies(workdir, t.local_checkpoint_dir, program.state)
+    return Copies(workdir, t.local_checkpoint_dir, program.state) if t.local_checkpoint_every else None
 
 
 def newest_state(

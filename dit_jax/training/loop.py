@@ -232,9 +232,8 @@ class Run:
         data = self.data(first)
         bar = tqdm.tqdm(total=t.steps, initial=step, unit="step", disable=jax.process_index() != 0)
         clock = Throughput(config, self.mesh.size)
-        param_norm = jax.jit(
-            optax.tree.norm, out_shardings=replicated(self.mesh)
-        )  # once a line: it reads all
+        # Once a line, not once a step: it reads all parameters.
+        param_norm = jax.jit(optax.tree.norm, out_shardings=replicated(self.mesh))
         # Compiled: jax.device_put onto devices of several processes makes an array of too many shards.
         names = self.program.process.loss_names
         no_totals = jax.jit(lambda: zero_totals(names), out_shardings=replicated(self.mesh))

@@ -109,16 +109,6 @@ def key_of(path: pathlib.Path) -> str:
 # --------------------------------------------------------------------------------- what both can do
 
 
-def is_file(path: pathlib.Path) -> bool:
-    """Whether there is such a file; no error for a name that cannot be one."""
-    return path.is_file() if is_remote(path) else os.path.isfile(path)
-
-
-def is_folder(path: pathlib.Path) -> bool:
-    """Whether there is such a folder; no error for a name that cannot be one."""
-    return path.is_dir() if is_remote(path) else os.path.isdir(path)
-
-
 def files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """All files below a folder by their name relative to it, in order; none where there is no such folder."""
     if not is_remote(folder):

@@ -160,6 +160,18 @@ def test_a_sampling_loop_compiles(compiler, tiny):
     assert 0 < report.mfu < 1 and 0 < report.total_bytes < report.chip.hbm_gib * 2**30
 
 
+@pytest.mark.slow
+def test_slices_send_each_other_a_chips_part_of_the_gradients(compiler, tiny):
+    config = tiny.config(model={"hidden_size": 64}, mesh={"preset": "fsdp"})
+    report = compile_training(config, "v5e:2x4", slices=2)
+    assert report.mesh == {"data": 2, "fsdp": 8, "tensor": 1}
+    part, (sent,) = report.arguments["parameters"], report.crossings
+    assert sent.kind == "all-reduce" and part < sent.bytes < 4 * part  # of 8; small arrays are padded
+    assert report.crossing_seconds == sent.wire_bytes / report.chip.dcn > 0
+    for line in ("16 x v5e (2 slices of v5e:2x4), mesh data 2", "between slices", "at 3.125 GB/s a chip"):
+        assert line in describe(report)
+
+
 def refusal(config, capsys):
     assert print_report("train.py", lambda: compile_training(config, "v5e:2x4")) == EXIT_DOES_NOT_FIT
     return capsys.readouterr().err

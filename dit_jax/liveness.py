@@ -44,8 +44,8 @@ class RollCall:
 class Presence:
     """Two threads of a process: one tells that it is there, one notices when nobody listens."""
 
-    def __init__(self, store: Any, index: int, count: int, end: Callable[[int, str], object]) -> None:
-        """`end` ends all processes that are left, through the store."""
+    def __init__(self, store: Any, index: int, count: int, end: Callable[[list[int], str], object]) -> None:
+        """`end` is given who is gone and what to say, and ends all that are left, through the store."""
         self._store, self._index, self._count, self._end = store, index, count, end
         self._roll, self._unanswered, self._over = RollCall(count), 0, threading.Event()
         does = (self._listen,) if index == 0 else (self._tell, self._judge)
@@ -70,7 +70,7 @@ class Presence:
                 said = []
             silent = self._roll.look(said)
             if silent:
-                self._end(signals.EXIT_STOPPED, gone(silent, self._count))
+                self._end(silent, gone(silent, self._count))
 
     def _tell(self) -> None:
         number = 0

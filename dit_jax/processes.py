@@ -142,7 +142,7 @@ def join_the_others() -> None:
 
     follower = threading.Thread(target=follow, name="follow the others", daemon=True)
     follower.start()
-    presence = liveness.Presence(_store(), state.process_id, state.num_processes, end)
+    presence = liveness.Presence(_store(), state.process_id, state.num_processes, _end_without)
     presence.start()
     if state.process_id:
         liveness.outlive_the_lead(str(state.coordinator_address), state.num_processes)
@@ -185,6 +185,14 @@ def end(code: int, message: str) -> int:
         os.write(2, f"{message}\n".encode())  # a signal may have come in the middle of a print
     _leave(code)
     return code
+
+
+def _end_without(gone: list[int], message: str) -> None:
+    """`end` where these processes will not say that they have left."""
+    for other in gone:
+        with contextlib.suppress(Exception):
+            _store().key_value_set(f"{_LEFT}/{other}", "")
+    end(signals.EXIT_STOPPED, message)
 
 
 def _leave(code: int) -> None:

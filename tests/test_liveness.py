@@ -125,7 +125,7 @@ def test_all_are_there_until_one_is_silent(monkeypatch):
     other.stop()
     assert happened.wait(LONG)
     lead.stop()
-    assert said[0][0] == 75 and said[0][1].startswith("process 1 of 2 is gone: nothing has been heard of it")
+    assert said[0][0] == [1] and said[0][1].startswith("process 1 of 2 is gone: nothing has been heard of it")
 
 
 def test_a_store_that_does_not_answer_ends_the_process_that_asks(monkeypatch):

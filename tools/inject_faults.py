@@ -1,7 +1,8 @@
 """Does a run survive what happens to runs? Kills it, damages its files, fills its disk; counts survivors.
 
     python tools/inject_faults.py                 # 50 kills: about 7 minutes on two CPU cores
-    python tools/inject_faults.py --kills 500
+    python tools/inject_faults.py --kills 500 --pair-kills 100 --repeats 20
+    python tools/inject_faults.py --soak 120      # the digits recipe, a fault every minute (tools/soak.py)
 
 Each trial starts a small model on the digits in a process of its own. A kill (SIGKILL, at a random moment from
 start-up on, with a save in progress most of the time) is survived when the next process goes on from the last
@@ -31,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -67,7 +69,36 @@ def make_config(root: pathlib.Path, name: str = "run", steps: int = 10**6, **dat
 # ------------------------------------------------------------------------------- the process under test
 
 
-def run_training(config: Config, output: Connection) -> None:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is peculiar to a process: how it joins others, steps of data that are not finite, a clock that is off."""
+
+    join: tuple[str, ...] = ()
+    nan_steps: tuple[int, ...] = ()
+    clock: Any = None  # a shared number of seconds
+
+
+def prepare_process(setting: Setting) -> None:
+    """Make the process as the setting says."""
+    from dit_jax.training import launch, loop
+
+    if setting.clock is not None:
+        real = time.time
+        time.time = lambda: real() + setting.clock.value
+    if setting.nan_steps:
+        batches = loop.batches
+
+        def poisoned(dataset: Any, size: int, seed: int, first: int, *rest: Any) -> Iterator[Any]:
+            for step, batch in enumerate(batches(dataset, size, seed, first, *rest), start=first):
+                bad = np.float16("nan" if step in setting.nan_steps else 1)
+                yield batch | {"moments": batch["moments"] * bad}
+
+        loop.batches = poisoned  # type: ignore[assignment]
+    if setting.join:
+        launch.initialize(launch.parse_launch(setting.join)[0])
+
+
+def run_training(config: Config, output: Connection, setting: Setting) -> None:
     """Train, with stdout and stderr in a pipe."""
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
@@ -77,24 +108,30 @@ def run_training(config: Config, output: Connection) -> None:
     cache = pathlib.Path(config.train.workdir).parent / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    from dit_jax import processes
     from dit_jax.config import ConfigError
     from dit_jax.training.loop import train
 
+    prepare_process(setting)
     try:
-        train(config)
+        state = train(config)
     except ConfigError as error:
         print(f"refused: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:
+        processes.outlive(error)
+        raise
+    sys.exit(0 if int(state.step) >= config.train.steps else 75)
 
 
 class Child:
     """One process that trains."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, setting: Setting = Setting()) -> None:
         self.workdir = pathlib.Path(config.train.workdir)
         self._read, write = CONTEXT.Pipe(duplex=False)
         self._output: list[bytes] = []
-        self.process = CONTEXT.Process(target=run_training, args=(config, write))
+        self.process = CONTEXT.Process(target=run_training, args=(config, write, setting))
         self.process.start()
         write.close()
         self._reader = threading.Thread(target=self._collect)
@@ -302,13 +339,45 @@ def trial_contradiction(root: pathlib.Path) -> str:
     return "" if code == 2 and "refused: --optim.learning-rate is 0.5" in output else output[-300:]
 
 
+def trial_nans(root: pathlib.Path) -> str:
+    """Data that are not finite, longer than the run is patient; "" if it goes back and ends with finite losses."""
+    shutil.rmtree(root / "nans", ignore_errors=True)
+    config = make_config(root, "nans", 8)
+    patient = dataclasses.replace(config, train=dataclasses.replace(config.train, bad_steps=3))
+    code, output = Child(patient, Setting(nan_steps=(1, 4, 5, 6, 7))).finish()
+    losses = [line["loss"] for line in log(root / "nans") if "loss" in line]
+    fine = code == 0 and "going back to step 4" in output and len(losses) >= 5 and np.isfinite(losses).all()
+    return "" if fine else f"exit code {code}: {output[-300:]}"
+
+
+def trial_clock(root: pathlib.Path, rng: random.Random) -> str:
+    """The wall clock is set by up to a day between the two halves of a run; "" if it ends as if it had not been."""
+    shutil.rmtree(root / "clock", ignore_errors=True)
+    for steps in (4, 6):
+        clock = CONTEXT.Value("d", rng.uniform(-86400, 86400))
+        code, output = Child(make_config(root, "clock", steps), Setting(clock=clock)).finish()
+        if code != 0:
+            return f"exit code {code}: {output[-300:]}"
+    same = same_state(root / "clock", base_run(root), 6) and log(root / "clock") == log(root / "base")
+    return "" if same else "state or log differ"
+
+
 def main() -> int:
     """Run all trials; 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="how often to kill the run")
+    parser.add_argument("--pair-kills", type=int, default=0, help="how often to kill one of two processes")
+    parser.add_argument("--repeats", type=int, default=1, help="how often to try each other fault")
+    parser.add_argument(
+        "--soak", type=float, metavar="MINUTES", help="only a long run with a fault every minute"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the damaged bits")
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    if args.soak is not None:
+        import soak
+
+        return soak.main(args.soak, rng)
     CONTEXT.set_forkserver_preload(["dit_jax.training.loop", "orbax.checkpoint", "grain", "tensorboardX"])
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
@@ -336,19 +405,26 @@ def main() -> int:
         trials["disk full during saves"] = lambda: trial_full_disk(root)
         trials["disk full from the start"] = lambda: trial_full_from_the_start(root)
         trials["config contradicts the checkpoint"] = lambda: trial_contradiction(root)
+        trials["data that are not finite"] = lambda: trial_nans(root)
+        trials["wall clock set between two starts"] = lambda: trial_clock(root, rng)
 
         table = {}
         survived, lost, notes = trial_kills(root, args.kills, rng)
         table["kill -9 at a random moment"] = (survived, lost)
+        if args.pair_kills:
+            import pairs
+
+            survived, lost, more = pairs.trial_pairs(root, args.pair_kills, rng)
+            table["kill -9 of one of two processes"] = (survived, lost)
+            notes += more
         for name, trial in tqdm.tqdm(trials.items(), desc="other faults"):
             try:
-                problem = trial()
+                problems = [trial() for _ in range(args.repeats)]
             except PermissionError as error:
                 notes.append(f"{name}: left out: {error}")
                 continue
-            table[name] = (0, 1) if problem else (1, 0)
-            if problem:
-                notes.append(f"{name}: {problem}")
+            table[name] = (problems.count(""), len(problems) - problems.count(""))
+            notes += [f"{name}: {problem}" for problem in problems if problem]
     print(f"{'fault':<42}{'survived':>10}{'lost':>6}")
     for name, (survived, lost) in table.items():
         print(f"{name:<42}{survived:>10}{lost:>6}")

@@ -157,6 +157,10 @@ def _check_values(config: Config) -> None:
         most = _AT_MOST[option]
         _require((value(option) or 0) <= most, option, value(option), f"at most {most}")
     _require(config.train.workdir.strip() != "", "train.workdir", "empty", "the folder of the run")
+    local = config.train.local_checkpoint_dir
+    _require(
+        "://" not in local, "train.local_checkpoint_dir", shown(local), "a folder of the host, no bucket"
+    )
     for decay in config.optim.ema_more:
         _require(0 <= decay <= BELOW_ONE, "optim.ema_more", decay, "at least 0 and below 1 in float32")
     for width in config.optim.ema_sigma_rel:

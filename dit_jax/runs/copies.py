@@ -2,8 +2,9 @@
 
     FOLDER/dit_jax-RUN/STEP.PROCESS     SHA-256 of the rest, length of the header, header (JSON), pieces
 
-A piece is what one device holds of one array. Each lies with two processes, so that the loss of a host loses none:
-with two of those that hold it; where one process alone does, also with the next, to whose devices it is permuted.
+A piece is what one device holds of one array. Each lies with two processes, on two hosts where there are two: with
+two that hold it, or, where one host alone does, also with another, to whose devices it is permuted. The loss of a
+host loses none.
 A copy fits as many processes and the mesh that made it, on whichever hosts its files lie. (Orbax's emergency manager
 wants two replicas of the whole state, each on a slice of its own: zero1 has none, nor has fsdp on one slice.)
 """
@@ -19,10 +20,11 @@ import pathlib
 import re
 import secrets
 import shutil
+import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,36 +56,44 @@ class Layout:
       key: what two layouts that fit each other have in common.
       holders: piece -> the processes with a device that holds it.
       writers: piece -> the processes that write it.
-      moved: numbers of the arrays that are permuted to the next processes.
+      moved: numbers of the arrays that are permuted to other processes.
+      stride: from a process to that whose devices they go to, on another host where there is one.
     """
 
     key: str
     holders: dict[Piece, list[int]]
     writers: dict[Piece, set[int]]
     moved: set[int]
+    stride: int
 
     @staticmethod
-    def of(like: TrainState) -> Layout:
-        """The layout of a state, or of its shapes with shardings."""
-        count = jax.process_count()
+    def of(like: TrainState, hosts: Sequence[str]) -> Layout:
+        """The layout of a state, or of its shapes with shardings; `hosts` are the names of the processes' hosts."""
+        count, places = len(hosts), [hosts.index(host) for host in hosts]
+        if len(set(places)) == 1:
+            places = list(range(count))  # one host: processes stand for hosts
+        apart = (n for n in range(1, count) if all(places[p] != places[p - n] for p in range(count)))
+        stride = next(apart, 1)
         holders: dict[Piece, list[int]] = {}
         writers: dict[Piece, set[int]] = {}
-        moved, said = set(), [str(jax.tree.structure(like))]
+        moved, said = set(), [str(jax.tree.structure(like)), str(places)]
         for number, leaf in enumerate(jax.tree.leaves(like)):
             found: dict[Piece, set[int]] = {}
             for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
                 found.setdefault((number, _bounds(index, leaf.shape)), set()).add(device.process_index)
-            if count > 1 and any(len(processes) == 1 for processes in found.values()):
+            if count > 1 and any(len({places[p] for p in processes}) == 1 for processes in found.values()):
                 moved.add(number)
             said.append(
                 f"{leaf.shape} {leaf.dtype} {sorted((p[1], sorted(who)) for p, who in found.items())}"
             )
             for piece, processes in found.items():
                 holders[piece] = who = sorted(processes)
-                two = {who[(len(writers) + i) % len(who)] for i in range(2)}
-                writers[piece] = two if number not in moved else {*who, *((p + 1) % count for p in who)}
-        key = hashlib.sha256("\n".join([*said, f"{count} processes"]).encode()).hexdigest()
-        return Layout(key, holders, writers, moved)
+                first = who[len(writers) % len(who)]  # in turn
+                second = (first + stride) % count
+                if number not in moved:  # another host's, if there is another one
+                    second = next((p for p in who if places[p] != places[first]), first)
+                writers[piece] = {first, second}
+        return Layout(hashlib.sha256("\n".join(said).encode()).hexdigest(), holders, writers, moved, stride)
 
     def covered(self, writers: set[int]) -> bool:
         """Whether the files of these processes hold every piece."""
@@ -95,7 +105,8 @@ class Copies:
 
     def __init__(self, workdir: pathlib.Path, folder: str, like: TrainState) -> None:
         """`folder` is an option (empty: memory where it has room, else the system's temporary folder)."""
-        self._layout, self._like, self._me = Layout.of(like), like, jax.process_index()
+        self._layout = Layout.of(like, gather(socket.gethostname()))
+        self._like, self._me = like, jax.process_index()
         leaves = jax.tree.leaves(like)
         size = sum(
             leaves[number].dtype.itemsize * math.prod(b - a for a, b in bounds)
@@ -106,7 +117,7 @@ class Copies:
         self.folder = where / f"dit_jax-{_name_of(workdir)}"
         self._writing: threading.Thread | None = None
         self._problem: Exception | None = None
-        self._shift = _Shift(leaves[0].sharding.mesh) if self._layout.moved else None
+        self._shift = _Shift(leaves[0].sharding.mesh, self._layout.stride) if self._layout.moved else None
         for left in self.folder.glob(f".*.{self._me}.*"):  # by a process that was killed while it wrote
             left.unlink(missing_ok=True)
 
@@ -176,10 +187,10 @@ class Copies:
             _tell(f"a copy could not be written to {self.folder} ({problem}); training goes on without it")
 
     def drop(self, after: int = -1) -> None:
-        """Remove this process's copies of later steps: the run goes on otherwise, or is over."""
+        """Remove the copies of later steps, and of processes that are no more: they are of no use to this run."""
         self.settle()
-        for file in self._files(self._me):
-            if _step_of(file) > after:
+        for file in self._files():
+            if _step_of(file) > after or int(file.suffix[1:]) >= jax.process_count():
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty, or never made
             self.folder.rmdir()
@@ -319,12 +330,12 @@ def _name_of(workdir: pathlib.Path) -> str:
 
 
 class _Shift:
-    """Gives each process's devices what those of the process before hold; `came_from` says of each which it was."""
+    """Gives each process's devices what those of the one a stride before hold; `came_from` says which it was."""
 
-    def __init__(self, mesh: jax.sharding.Mesh) -> None:
+    def __init__(self, mesh: jax.sharding.Mesh, stride: int) -> None:
         devices, count = list(mesh.devices.flat), jax.process_count()
         of = [[d for d in devices if d.process_index == process] for process in range(count)]
-        pairs = [pair for p in range(count) for pair in zip(of[p], of[(p + 1) % count], strict=True)]
+        pairs = [pair for p in range(count) for pair in zip(of[p], of[(p + stride) % count], strict=True)]
         self.came_from = {target: source for source, target in pairs}
         order = [(devices.index(source), devices.index(target)) for source, target in pairs]
 

@@ -99,6 +99,8 @@ def train(config: Config) -> TrainState:
             stack.enter_context(copies)
         with goodput.spent_on("restore"):
             state = newest_state(config, workdir, program, checkpoints, copies, check)
+            if copies:
+                copies.drop(0 if state is None else int(state.step))  # those that could not be used
         if state is None:
             state = first_state(config, program, metadata.label_names)
         write_description(config, metadata, workdir)
@@ -145,7 +147,7 @@ def newest_state(
 ) -> TrainState | None:  # fmt: skip
     """The newest state that is saved: a copy on the hosts, or a checkpoint."""
     t = config.train
-    newest = max(checkpoints.steps(), default=0)
+    newest = on_lead(lambda: max(checkpoints.steps(), default=0))
     kept = {  # for good: a copy of a later step cannot make up for one that was not finished
         "checkpoints": math.lcm(t.milestone_every, t.checkpoint_every),
         "snapshots": t.snapshot_every if config.optim.ema_sigma_rel else 0,

@@ -1,13 +1,15 @@
 """Emergency copies in one process: they are taken where they are newer, whole and of this run. (Two: test_hosts)"""
 
+import collections
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from dit_jax.runs.checkpoint import Checkpoints
-from dit_jax.runs.copies import Copies
+from dit_jax.runs.copies import Copies, Layout
 from dit_jax.training import loop
 from dit_jax.training.loop import train
 from dit_jax.training.program import build_program
@@ -84,10 +86,15 @@ def test_a_damaged_copy_is_left_alone(run, whole, tmp_path, capsys):
     _, folder = files(tmp_path)
     flip(folder / "000000007.0")
     cut(folder / "000000006.0")
+    shutil.copy(folder / "000000006.0", folder / "000000099.0")
+    run(8, killed=2)
+    assert files(tmp_path)[0] == ["000000005.0", "000000006.0", "000000007.0"]  # written anew
+    flip(folder / "000000007.0")
+    cut(folder / "000000006.0")
     same_bits(run(8), whole)
     said = capsys.readouterr().err
-    assert "going on from step 5" in said
-    assert said.count("000000007.0 is left alone: ") == said.count("000000006.0 is left alone: ") == 1
+    assert said.count("going on from step 5") == 2
+    assert said.count("000000007.0 is left alone: ") == said.count("000000006.0 is left alone: ") == 2
 
 
 def test_copies_of_another_run_or_mesh_are_left_alone(run, tiny, tmp_path, capsys):
@@ -100,6 +107,31 @@ def test_copies_of_another_run_or_mesh_are_left_alone(run, tiny, tmp_path, capsy
     shutil.rmtree(tmp_path / "run")  # a run of the same name and config
     run(8, killed=2)
     assert "going on" not in capsys.readouterr().err
+
+
+def test_each_piece_lies_on_two_hosts():
+    """Four processes on two hosts, two devices each: arrays that all hold, that two hold, and that one holds."""
+
+    Device = collections.namedtuple("Device", "number process_index")
+
+    class Spread:
+        def __init__(self, parts):
+            self.parts = parts
+
+        def devices_indices_map(self, shape):
+            size = shape[0] // self.parts
+            parts = [slice(size * i, size * (i + 1)) for i in range(self.parts)]
+            return {Device(d, d // 2): (parts[d * self.parts // 8],) for d in range(8)}
+
+    like = [SimpleNamespace(shape=(8,), dtype="float32", sharding=Spread(parts)) for parts in (1, 2, 4, 8)]
+    layout = Layout.of(like, ["a", "a", "b", "b"])
+    assert layout.stride == 2 and layout.moved == {1, 2, 3}
+    assert all(len({process // 2 for process in who}) == 2 for who in layout.writers.values())
+    assert layout.covered({0, 1}) and layout.covered({2, 3})
+    assert layout.covered({0, 1, 2, 3}) and not layout.covered({0, 2})
+    assert (
+        Layout.of(like, ["a", "b", "c", "d"]).key != layout.key == Layout.of(like, ["x", "x", "a", "a"]).key
+    )
 
 
 def test_a_milestone_that_was_not_finished_is_not_skipped(run, whole, tmp_path, capsys, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 from dit_jax import signals
 
 LOOK_SECONDS = 2.0
-LOOKS = 10  # without a word, after which a process is gone
+LOOKS = 15  # without a word, after which a process is gone
 PATIENCE_SECONDS = LOOK_SECONDS * (LOOKS + 3)  # within them it is known who is gone
 JAX_SECONDS = 50  # until JAX aborts the processes by itself: where Python's threads do not run
 _KEY = "dit_jax/alive"

@@ -39,9 +39,9 @@ class Goodput:
         self,
         workdir: pathlib.Path,
         clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
+        wall: Callable[[], float] | None = None,
     ) -> None:
-        self._file, self._clock, self._wall = workdir / FILE, clock, wall
+        self._file, self._clock, self._wall = workdir / FILE, clock, wall or time.time
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self._kind, self._since, self._noted = "start", clock(), clock()
         self._step = 0  # reached, perhaps by a process before this one

@@ -123,6 +123,7 @@ def test_a_note_that_cannot_be_read_is_none(tmp_path, text):
     assert sum(Clock().start(tmp_path).seconds.values()) == 0
 
 
+@pytest.mark.slow
 def test_a_run_says_its_goodput_and_does_not_mind_clocks_that_jump(
     tiny, latents, tmp_path, monkeypatch, capsys
 ):

@@ -164,6 +164,8 @@ def _check_bucket(option: str, folder: pathlib.Path) -> None:
 def check_file(option: str, path: paths.Named, size: int = ROOM) -> None:
     """Raises ConfigError, naming the option, where the file `path` of `size` bytes cannot be written."""
     if paths.is_remote(path):
+        if paths.is_folder(path):
+            raise ConfigError(f"{option} is {shown(str(path), 400)}, which is a folder; expected a file")
         _check_bucket(option, paths.to_path(path).parent)
         return
     target, name = pathlib.Path(path), shown(os.fspath(path), 400)

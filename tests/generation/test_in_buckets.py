@@ -114,6 +114,9 @@ def test_what_a_command_reads_may_lie_in_a_bucket(google, tiny_run):
     assert str(strip_of(f"{folder}/way.gif")) == f"{folder}/way_strip.png"
     with pytest.raises(ConfigError, match=r"--out and --npz are both gs://"):
         draw(tiny_run, f"{folder}//x.npz", out=f"{folder}/x.npz")
+    for place in (folder, folder.parent):  # a bucket has no file's name
+        with pytest.raises(ConfigError, match=r"--npz is 'gs://.*', which is a folder; expected a file"):
+            draw(tiny_run, place)
 
 
 def test_what_a_store_refuses_is_one_sentence_and_exit_code_1(google, tiny_run, capsys):

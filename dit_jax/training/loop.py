@@ -5,9 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import math
 import pathlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,7 @@ from dit_jax.training.goodput import Goodput
 from dit_jax.training.launch import StopSignal, TrainingDivergedError
 from dit_jax.training.profile import Profile
 from dit_jax.training.program import Program, build_program, latent_size
+from dit_jax.training.resume import copies_of, newest_state
 from dit_jax.training.room import check_room
 from dit_jax.training.sharding import batch_sharding, make_mesh, replicated
 from dit_jax.training.step import summarise
@@ -133,43 +133,6 @@ def ruler_of(config: Config, metadata: LatentMetadata) -> Ruler | None:
     from dit_jax.generation.watching import open_watch
 
     return open_watch(config, metadata)
-
-
-def copies_of(config: Config, workdir: pathlib.Path, program: Program) -> Copies | None:
-    """The emergency copies of the run, if it makes any."""
-    t = config.train
-    return Copies(workdir, t.local_checkpoint_dir, program.state) if t.local_checkpoint_every else None
-
-
-def newest_state(
-    config: Config, workdir: pathlib.Path, program: Program, checkpoints: Checkpoints, copies: Copies | None,
-    check: Callable[[dict[str, Any]], None],
-) -> TrainState | None:  # fmt: skip
-    """The newest state that is saved: a copy on the hosts, or a checkpoint."""
-    t = config.train
-    newest = on_lead(lambda: max(checkpoints.steps(), default=0))
-    kept = {  # for good: a copy of a later step cannot make up for one that was not finished
-        "checkpoints": math.lcm(t.milestone_every, t.checkpoint_every),
-        "snapshots": t.snapshot_every if config.optim.ema_sigma_rel else 0,
-    }
-
-    def fits(step: int) -> bool:
-        wanted = (
-            workdir / name / str(s)
-            for name, every in kept.items()
-            if every
-            for s in range(newest - newest % every + every, step + 1, every)
-        )
-        return on_lead(lambda: all(folder.exists() for folder in wanted))
-
-    state = copies.restore(newest, check, fits) if copies else None
-    if state is not None:
-        say(f"going on from step {int(state.step)} in {workdir}, from the copies on the hosts")
-        return state
-    state = checkpoints.restore(program.state, check)
-    if state is not None:
-        say(f"going on from step {int(state.step)} in {workdir}")
-    return state
 
 
 def first_state(config: Config, program: Program, label_names: Sequence[str]) -> TrainState:

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 
-from dit_jax import leases, paths
+from dit_jax import leases, paths, signals
 from dit_jax.config import ComputeConfig, Config, ConfigError, from_json, to_json
 from dit_jax.data.metadata import LatentMetadata
 from dit_jax.files import write_whole
-from dit_jax.processes import end, on_lead
+from dit_jax.processes import on_lead
 from dit_jax.runs.checkpoint import CheckpointError
 
 EXIT_LOST = 1  # of a process whose run another one has taken over
@@ -142,7 +142,9 @@ def hold(workdir: pathlib.Path) -> Iterator[None]:
         def lock() -> None:
             if paths.is_remote(workdir):
                 try:
-                    held.enter_context(leases.leased(workdir / ".lock", lambda said: end(EXIT_LOST, said)))
+                    held.enter_context(
+                        leases.leased(workdir / ".lock", lambda said: signals.end(EXIT_LOST, said))
+                    )
                 except leases.HeldError:
                     raise taken from None
                 return

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from dit_jax import leases, paths
+from dit_jax import leases, paths, signals
 from dit_jax.config import ConfigError
 from dit_jax.runs import log
 from dit_jax.runs.checkpoint import CHECKSUMS, Checkpoints, find_damage
@@ -136,3 +136,19 @@ def test_a_log_is_not_put_there_at_every_line(google):
         assert len(log.read_lines(workdir / "metrics.jsonl")) == 1
         opened.flush()  # as before a checkpoint
         assert len(log.read_lines(workdir / "metrics.jsonl")) == 49
+
+
+def test_a_run_that_another_has_taken_over_ends(google, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "_is_free", lambda *_: True)  # as if it had slept
+    ended = []
+    monkeypatch.setattr(
+        signals, "end", lambda code, said: ended.append((code, said))
+    )  # ends one that is alone too
+    workdir = paths.to_path(f"{google.bucket()}/run")
+    with hold(workdir), hold(workdir):
+        for _ in range(400):
+            if ended:
+                break
+            leases.time.sleep(0.05)
+    assert [code for code, _ in ended] == [1] and "another process has taken over" in ended[0][1]

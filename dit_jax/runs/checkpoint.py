@@ -200,10 +200,9 @@ def file_checksums(folder: pathlib.Path, item: str = "") -> dict[str, str]:
     """SHA-256 of every file below a checkpoint's folder, or below that of one item, by relative path; in a bucket the
     store's own checksum.
 
-    Left out are the list itself, Orbax's note of its times, which it completes after the list is made, and its mark
-    of a whole folder.
+    Left out are the list itself and Orbax's note of its times, which it completes after the list is made.
     """
-    left_out = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
+    left_out = (CHECKSUMS, "_CHECKPOINT_METADATA")
     if paths.is_remote(folder):
         found = paths.checksums_below(folder / item if item else folder)
         start = f"{item}/" if item else ""

@@ -42,7 +42,7 @@ $(VENV)/.installed-$(ACCEL): pyproject.toml requirements.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-test-$(ACCEL): pyproject.toml requirements.txt requirements-test.txt | $(BIN)/python
-	$(BIN)/pip install -q -c requirements-test.txt -e ".[test,interop,text$(if $(ACCEL),$(comma)$(ACCEL))]"
+	$(BIN)/pip install -q -c requirements-test.txt -e ".[test,interop,text,bucket$(if $(ACCEL),$(comma)$(ACCEL))]"
 	@touch $@
 
 $(BIN)/python:

@@ -41,7 +41,8 @@ def to_path(name: Named) -> pathlib.Path:
 
     scheme, _, rest = str(name).partition("://")
     parts = [part for part in rest.split("/") if part]  # "a//b" would be another object than "a/b"
-    return UPath(f"{scheme}://{'/'.join(parts)}")  # type: ignore[return-value]
+    found: Any = UPath(f"{scheme}://{'/'.join(parts)}")
+    return found
 
 
 def from_user(name: Named) -> pathlib.Path:

@@ -98,7 +98,8 @@ def _registered() -> None:
 
 
 def file_system(path: pathlib.Path) -> Any:
-    """fsspec's file system of a path in a bucket."""
+    """fsspec's file system of a path in a bucket, which may have come from another process."""
+    _registered()
     return path.fs  # type: ignore[attr-defined]
 
 

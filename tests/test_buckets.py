@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import types
@@ -127,6 +128,15 @@ def test_what_a_store_does_not_get_over_is_one_sentence(folder, store, impatient
         pytest.raises(buckets.BucketError, match=r"the store refuses or does not answer"),
     ):
         (folder / "file").read_text()
+
+
+def test_a_path_is_handed_to_another_process(google):
+    file = paths.to_path(f"{google.bucket()}/file")
+    file.write_text("text")
+    read = "import pickle, sys; from dit_jax import paths; file = pickle.load(sys.stdin.buffer); "
+    read += "print(paths.read_bytes(file), type(paths.file_system(file)).__name__)"
+    done = subprocess.run([sys.executable, "-c", read], input=pickle.dumps(file), capture_output=True)
+    assert done.stdout == b"b'text' GoogleBuckets\n", done.stderr
 
 
 def test_a_missing_library_is_named(monkeypatch):

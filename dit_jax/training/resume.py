@@ -12,6 +12,7 @@ from dit_jax.processes import on_lead
 from dit_jax.runs.checkpoint import Checkpoints, say
 from dit_jax.runs.copies import Copies
 from dit_jax.runs.state import TrainState
+from dit_jax.runs.weights import checkpoint_steps
 from dit_jax.training.program import Program
 
 
@@ -35,12 +36,12 @@ def newest_state(
 
     def fits(step: int) -> bool:
         wanted = (
-            workdir / name / str(s)
+            (name, s)
             for name, every in kept.items()
             if every
             for s in range(newest - newest % every + every, step + 1, every)
         )
-        return on_lead(lambda: all(folder.exists() for folder in wanted))
+        return on_lead(lambda: all(s in checkpoint_steps(workdir / name) for name, s in wanted))
 
     state = copies.restore(newest, check, fits) if copies else None
     if state is not None:

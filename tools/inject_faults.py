@@ -2,6 +2,7 @@
 
     python tools/inject_faults.py                 # 50 kills: about 7 minutes on two CPU cores
     python tools/inject_faults.py --kills 500 --pair-kills 100 --repeats 20
+    python tools/inject_faults.py --bucket google --kills 500     # the kills alone, of a run in a bucket
     python tools/inject_faults.py --soak 120      # the digits recipe, a fault every minute (tools/soak.py)
 
 Each trial starts a small model on the digits in a process of its own. A kill (SIGKILL, at a random moment from
@@ -37,14 +38,17 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from dit_jax import paths
 from dit_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, resolve
 
 CONTEXT = multiprocessing.get_context("forkserver")
 TIMEOUT = 300.0
 
 
-def make_config(root: pathlib.Path, name: str = "run", steps: int = 10**6, **data: str) -> Config:
-    """A two-layer model on the digits that saves every second step, in root/name."""
+def make_config(
+    root: pathlib.Path, name: str = "run", steps: int = 10**6, runs: str = "", **data: str
+) -> Config:
+    """A two-layer model on the digits that saves every second step, in root/name or runs/name."""
     model = ModelConfig(
         name="DiT-S/2", depth=2, hidden_size=32, num_heads=2, input_size=(8, 8), in_channels=4, num_classes=10
     )
@@ -55,7 +59,7 @@ def make_config(root: pathlib.Path, name: str = "run", steps: int = 10**6, **dat
         data=DataConfig(mirror=False, **options),  # type: ignore[arg-type]
         optim=OptimConfig(ema_more=(0.9,)),
         train=TrainConfig(
-            workdir=str(root / name),
+            workdir=f"{runs or root}/{name}",
             batch_size=8,
             steps=steps,
             log_every=1,
@@ -105,7 +109,7 @@ def run_training(config: Config, output: Connection, setting: Setting) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    cache = pathlib.Path(config.train.workdir).parent / "compiled"
+    cache = pathlib.Path(config.data.dir).parent / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     from dit_jax import processes
@@ -128,7 +132,7 @@ class Child:
     """One process that trains."""
 
     def __init__(self, config: Config, setting: Setting = Setting()) -> None:
-        self.workdir = pathlib.Path(config.train.workdir)
+        self.workdir = paths.to_path(config.train.workdir)
         self._read, write = CONTEXT.Pipe(duplex=False)
         self._output: list[bytes] = []
         self.process = CONTEXT.Process(target=run_training, args=(config, write, setting))
@@ -155,6 +159,12 @@ class Child:
     def wait_for_steps(self, count: int) -> None:
         """Return when it has logged `count` lines of its own, or has ended."""
         log, end = self.workdir / "metrics.jsonl", time.monotonic() + TIMEOUT
+        if paths.is_remote(self.workdir):  # where the log comes late
+            while len(set(re.findall(r"\| (\d+)/", self.output))) <= count:
+                if not self.process.is_alive() or time.monotonic() > end:
+                    return
+                time.sleep(0.01)
+            return
         while "going on from step" not in self.output and not log.exists():
             if not self.process.is_alive() or time.monotonic() > end:
                 return
@@ -177,17 +187,28 @@ def _lines(log: pathlib.Path) -> int:
 
 def finished_steps(workdir: pathlib.Path) -> list[int]:
     """Steps of the checkpoints under their final names."""
-    folder = workdir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    from dit_jax.runs.weights import checkpoint_steps
+
+    return checkpoint_steps(workdir / "checkpoints")
+
+
+def unfinished_saves(workdir: pathlib.Path) -> set[str]:
+    """Names of checkpoints that were being written."""
+    names = set(paths.names_in(workdir / "checkpoints"))
+    return {name for name in names if "tmp" in name or name.isdigit()} - set(
+        map(str, finished_steps(workdir))
+    )
 
 
 # ------------------------------------------------------------------------------------------------ trials
 
 
-def trial_kills(root: pathlib.Path, kills: int, rng: random.Random) -> tuple[int, int, list[str]]:
+def trial_kills(
+    root: pathlib.Path, kills: int, rng: random.Random, runs: str = ""
+) -> tuple[int, int, list[str]]:
     """(survived, lost, notes): kill a run again and again, then compare it with an uninterrupted one."""
-    config, notes, lost = make_config(root), [], 0
-    workdir = pathlib.Path(config.train.workdir)
+    config, notes, lost = make_config(root, runs=runs), [], 0
+    workdir = paths.to_path(config.train.workdir)
     kept = 0
     during_saves = 0
     for number in tqdm.trange(kills, desc="kill -9", unit="kill"):
@@ -199,7 +220,7 @@ def trial_kills(root: pathlib.Path, kills: int, rng: random.Random) -> tuple[int
             time.sleep(rng.uniform(0, 0.1))
         child.kill()
         output = child.output
-        during_saves += any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
+        during_saves += bool(unfinished_saves(workdir))
         resumed = re.search(r"going on from step (\d+)", output)
         if "damaged" in output or "Traceback" in output or (resumed and int(resumed[1]) < kept):
             lost += 1
@@ -211,7 +232,8 @@ def trial_kills(root: pathlib.Path, kills: int, rng: random.Random) -> tuple[int
     ).finish()
     if code != 0:
         return kills - lost, lost + 1, [*notes, f"did not finish: {output[-300:]}"]
-    code, output = Child(make_config(root, "whole", total)).finish()
+    whole = make_config(root, "whole", total)  # on the disk
+    code, output = Child(whole).finish()
     if code != 0 or not same_state(workdir, root / "whole", total) or log(workdir) != log(root / "whole"):
         lost += 1
         notes.append("state or log after the kills differ from those of an uninterrupted run")
@@ -221,7 +243,7 @@ def trial_kills(root: pathlib.Path, kills: int, rng: random.Random) -> tuple[int
 
 def log(workdir: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a run's log, without what depends on the clock."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in paths.read_bytes(workdir / "metrics.jsonl").splitlines()]
     clocked = ("images_per_second", "goodput", "time_")
     return [{k: v for k, v in line.items() if not k.startswith(clocked)} for line in lines]
 
@@ -231,8 +253,10 @@ def same_state(one: pathlib.Path, other: pathlib.Path, step: int) -> bool:
     import jax
     import orbax.checkpoint as ocp
 
+    from dit_jax.runs.saving import orbax_path
+
     def read(workdir: pathlib.Path, item: str) -> list[np.ndarray]:
-        folder = (workdir / "checkpoints" / str(step) / item).absolute()
+        folder = orbax_path(workdir / "checkpoints" / str(step) / item)
         with ocp.StandardCheckpointer() as reader:
             shapes = reader.metadata(folder).item_metadata.tree
             like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
@@ -369,6 +393,11 @@ def main() -> int:
     parser.add_argument("--pair-kills", type=int, default=0, help="how often to kill one of two processes")
     parser.add_argument("--repeats", type=int, default=1, help="how often to try each other fault")
     parser.add_argument(
+        "--bucket",
+        choices=("google", "amazon"),
+        help="only the kills, in a bucket of a server that is started",
+    )
+    parser.add_argument(
         "--soak", type=float, metavar="MINUTES", help="only a long run with a fault every minute"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the damaged bits")
@@ -379,6 +408,8 @@ def main() -> int:
 
         return soak.main(args.soak, rng)
     CONTEXT.set_forkserver_preload(["dit_jax.training.loop", "orbax.checkpoint", "grain", "tensorboardX"])
+    if args.bucket:
+        return kill_in_a_bucket(args.bucket, args.kills, rng)
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         base_run(root)  # prepares the dataset and compiles
@@ -425,6 +456,23 @@ def main() -> int:
                 continue
             table[name] = (problems.count(""), len(problems) - problems.count(""))
             notes += [f"{name}: {problem}" for problem in problems if problem]
+    return report(table, notes)
+
+
+def kill_in_a_bucket(kind: str, kills: int, rng: random.Random) -> int:
+    """The kills, of a run in a bucket of this kind; 0 if nothing was lost."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "servers"))
+    import bucket_server
+
+    with tempfile.TemporaryDirectory() as folder, getattr(bucket_server, kind)() as store:
+        root = pathlib.Path(folder)
+        base_run(root)
+        survived, lost, notes = trial_kills(root, kills, rng, store.bucket())
+    return report({f"kill -9 at a random moment, {store.scheme}://": (survived, lost)}, notes)
+
+
+def report(table: dict[str, tuple[int, int]], notes: list[str]) -> int:
+    """Print the table; 0 if nothing was lost."""
     print(f"{'fault':<42}{'survived':>10}{'lost':>6}")
     for name, (survived, lost) in table.items():
         print(f"{name:<42}{survived:>10}{lost:>6}")

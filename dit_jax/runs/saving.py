@@ -72,6 +72,7 @@ class Saver:
             ),
         )
         self._failure: Exception | None = None
+        _ignore_closed_loops()
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -189,6 +190,7 @@ class Meeting:
         return problem
 
 
+@functools.cache
 def _ignore_closed_loops() -> None:
     """Keep each write that a failed save gave up from printing that nobody waits for it any more."""
     report = sys.unraisablehook
@@ -200,6 +202,3 @@ def _ignore_closed_loops() -> None:
             report(unraisable)
 
     sys.unraisablehook = hook
-
-
-_ignore_closed_loops()

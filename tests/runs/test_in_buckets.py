@@ -17,12 +17,7 @@ from dit_jax.runs.workdir import hold, read_metadata
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import make_mesh
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::ResourceWarning",
-    "ignore::DeprecationWarning",
-    # Writes that a failed save gave up tell nobody, as in dit_jax.runs.saving; pytest listens in its own way.
-    "ignore::pytest.PytestUnraisableExceptionWarning",
-)
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

@@ -198,6 +198,7 @@ def google():
         yield server.store
     finally:
         server.shutdown()
+        server.server_close()
         emulator.stop()
 
 
@@ -230,4 +231,5 @@ def amazon():
         yield server.store
     finally:
         server.shutdown()
+        server.server_close()
         emulator.stop()

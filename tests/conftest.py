@@ -35,7 +35,7 @@ from dit_jax.data.sources import ArraySource
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "servers"))
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", ".cache/jax")  # a second run of the tests compiles little

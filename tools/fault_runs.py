@@ -174,7 +174,7 @@ def preload() -> None:
 
 def store(kind: str) -> contextlib.AbstractContextManager[Any]:
     """A store of this kind, google or amazon, on this machine; the processes that start while it stands find it."""
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "servers"))
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "support"))
     import bucket_server
 
     return getattr(bucket_server, kind)()

@@ -13,11 +13,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import started
 
 from dit_jax.config import (
     Config,
@@ -34,8 +36,6 @@ from dit_jax.data.encoders import Encoder, compile_encode
 from dit_jax.data.sources import ArraySource
 from dit_jax.training.program import build_program
 from dit_jax.training.sharding import batch_sharding, make_mesh
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", ".cache/jax")  # a second run of the tests compiles little
@@ -77,6 +77,22 @@ def sit_network(sit):
     model = DiT(**settings)
     params = params_from_state_dict(state, model)
     return jax.jit(lambda x, t: model.apply({"params": params}, x, t, jax.numpy.asarray(sit["y"])))
+
+
+@pytest.fixture
+def hurried():
+    """Programs compiled as in the processes that tests start: without the compiler's optimizations, in a fifth of
+    the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    """A test that fails ends what it started: some would go on for ever."""
+    yield
+    started.end_all()
 
 
 @pytest.fixture

@@ -1,18 +1,15 @@
 """Processes that are gone without a word end the others within a minute, and it is said who they are."""
 
 import os
-import pathlib
-import socket
-import subprocess
-import sys
+import signal
 import threading
 import time
 
 import pytest
+from started import together, wait_for
 
 from dit_jax import liveness
 
-ROOT = pathlib.Path(__file__).parents[1]
 LONG = 60.0  # seconds that a test waits for what comes at once
 
 PROGRAM = """
@@ -41,31 +38,22 @@ except Exception as error:
 @pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_within_a_minute(who, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index), str(tmp_path / str(index))], cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
+    def arguments(address, index):
+        return "-c", PROGRAM, address, index, tmp_path / str(index)
+
+    since = []
+
+    def kill(*processes):
         for process in processes:
-            while "up" not in process.stdout.readline():  # Gloo has its say before
-                assert process.poll() is None
+            wait_for(lambda process=process: "up" in process.out, process)
         processes[who].kill()
-        since = time.monotonic()
-        said = processes[1 - who].communicate(timeout=200)[1]
-        seconds = time.monotonic() - since
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+        since.append(time.monotonic())
+
+    codes = [75, 75]
+    codes[who] = -signal.SIGKILL
+    said = together(arguments, code=codes, meanwhile=kill)[1 - who].err
+    seconds = time.monotonic() - since[-1]
     print(f"process {who} of 2 was killed; the other ended after {seconds:.1f} s")
-    assert processes[1 - who].returncode == 75, said
     assert seconds <= 60
     assert said.count(f"process {who} of 2 is gone") == 1 and said.endswith("goes on from what is saved\n")
     assert "failed" not in said

@@ -1,14 +1,7 @@
 """How the processes of one run end: together, with one code, and one of them says why. (Runs: tests/training)"""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[1]
+from started import together
 
 PROGRAM = """
 import os, signal, sys, time
@@ -46,20 +39,8 @@ time.sleep(1000)
     ],
 )
 def test_all_processes_end_with_the_code_of_the_first_that_fails(how, code, said):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(index), how], cwd=ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [code, code], "".join(outputs)
-    assert "".join(outputs).strip() == said
+    def arguments(address, index):
+        return "-c", PROGRAM, address, index, how
+
+    processes = together(arguments, code=code)
+    assert "".join(process.err for process in processes).strip() == said

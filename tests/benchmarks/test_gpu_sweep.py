@@ -8,14 +8,14 @@ import sys
 
 import gpu_sweep
 import pytest
+from started import environment
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SWEEP = [sys.executable, str(ROOT / "benchmarks" / "gpu_sweep.py")]
 
 
 def sweep(*options: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    return subprocess.run([*SWEEP, *options], env=env, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([*SWEEP, *options], env=environment(), capture_output=True, text=True, cwd=ROOT)
 
 
 def test_every_variant_has_a_name_and_options_of_its_own():

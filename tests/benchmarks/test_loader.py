@@ -3,12 +3,11 @@
 import contextlib
 import json
 import pathlib
-import subprocess
-import sys
 import time
 
 import jax
 import pytest
+from started import finish, start
 
 from dit_jax.config import Config, ModelConfig, TrainConfig, resolve
 
@@ -50,8 +49,7 @@ def test_waiting_for_slow_batches_is_seen(loader, tmp_path, monkeypatch):
 def test_rates_and_shares_are_written(tmp_path):
     sizes = {"records": 600, "files": 200, "batch-size": 32, "rounds": 1, "seconds": 0.2, "steps": 1}
     options = [part for name, value in sizes.items() for part in (f"--{name}", value)]
-    command = [sys.executable, FOLDER / "loader.py", *options, "--out", tmp_path / "r.json"]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True, cwd=FOLDER.parent)
+    finish(start(FOLDER / "loader.py", *options, "--out", tmp_path / "r.json"))
     found = json.loads((tmp_path / "r.json").read_text())
     # Mean and std of image and mirror, two bytes each.
     assert found["record_bytes"] == 4 * 32 * 32 * 2 * 2 * 2

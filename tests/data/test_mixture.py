@@ -8,6 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from datasets_like import copy_with
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.conditions import LabelCondition, TextCondition
@@ -15,7 +16,7 @@ from dit_jax.config import Config, ConfigError, DataConfig, from_json, parse_arg
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset, open_dataset
 from dit_jax.data.loader import batches, order_of
-from dit_jax.data.metadata import METADATA_FILE, LatentMetadata, StoredText, load_metadata
+from dit_jax.data.metadata import LatentMetadata, StoredText, load_metadata
 from dit_jax.data.mixture import check_parts
 from dit_jax.data.order import BLOCK, MixedOrder, counts_before, drawn_parts, whole_weights
 from dit_jax.runs.checkpoint import CheckpointError
@@ -226,12 +227,7 @@ def test_the_command_line_and_the_file_say_the_same(tmp_path):
 def halves(latents, tmp_path_factory):
     """The dataset of 40 records, and a second one that is equal to it but for its metadata."""
     other = tmp_path_factory.mktemp("halves") / "other"
-    other.mkdir()
-    for file in latents.iterdir():
-        if file.is_file():
-            (other / file.name).write_bytes(file.read_bytes())
-    changed = dataclasses.replace(load_metadata(latents), source="another")
-    (other / METADATA_FILE).write_text(changed.to_json())
+    copy_with(latents, other, source="another")
     return str(latents), str(other)
 
 

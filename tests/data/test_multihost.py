@@ -1,29 +1,23 @@
 """Two processes with four devices each: each reads its own rows alone, and together they hold the same batches."""
 
-import dataclasses
-import os
-import shutil
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from datasets_like import copy_with
+from started import together
 
 from dit_jax.conditions import TextCondition
 from dit_jax.data.captions import caption_words
 from dit_jax.data.encode import prepare
 from dit_jax.data.latents import LatentDataset
 from dit_jax.data.loader import batch_indices, order_of
-from dit_jax.data.metadata import METADATA_FILE, load_metadata
 from dit_jax.data.mixture import Mixture
 
 PROGRAM = """
 import contextlib, itertools, sys
 import jax, numpy as np
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-port, rank, folder, wide, out = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+address, rank, folder, wide, out = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(rank))
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dit_jax.conditions import TextCondition
 from dit_jax.config import ConfigError
@@ -75,24 +69,12 @@ def test_two_processes_hold_the_rows_of_one(random_source, fake_encoder, tmp_pat
     source.has_captions = True
     prepare(source, fake_encoder(), tmp_path / "set", image_size=16, shard_size=16, batch_size=1)
     folders = tmp_path / "set", tmp_path / "wide"
-    shutil.copytree(*folders)
-    wide = dataclasses.replace(load_metadata(folders[1]), latent_shape=(2, 8, 2))
-    (folders[1] / METADATA_FILE).write_text(wide.to_json())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(rank), *folders, tmp_path / f"{rank}.npz"],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for worker in workers:
-        output, _ = worker.communicate(timeout=240)
-        assert worker.returncode == 0, output
+    copy_with(*folders, latent_shape=(2, 8, 2))
 
+    def arguments(address, rank):
+        return "-c", PROGRAM, address, rank, *folders, tmp_path / f"{rank}.npz"
+
+    together(arguments, devices=4)
     parts = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(2)]
     assert not parts[0].keys() & parts[1].keys()
     found = parts[0] | parts[1]

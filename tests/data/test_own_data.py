@@ -1,16 +1,14 @@
 """The way of docs/data.md with the commands themselves: a folder, a dataset, a run, a finer run, samples by name."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+from started import ROOT, environment
 
-ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """
 from dit_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 
@@ -38,11 +36,9 @@ def draw_folder(folder, names, count=6):
 
 def run(script, *args, cwd, code=0):
     """The output of a command that should end with this exit code."""
-    # One device compiles faster than the test environment's eight.
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, args)],
-        cwd=cwd, env=env, capture_output=True, text=True, timeout=300,
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -3,17 +3,13 @@
 import errno
 import json
 import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from started import finish, joined, start, together, wait_for
 
 from dit_jax.commands import sample as sample_command
 from dit_jax.config import ConfigError
@@ -26,7 +22,6 @@ from dit_jax.generation.prompts import Asked, asked_of
 from dit_jax.interop.diffusers import load_autoencoder_kl
 from dit_jax.samplers.noise import choices, sample_keys
 
-ROOT = pathlib.Path(__file__).parents[2]
 FEW = {"num_samples": 44, "steps": 2, "batch_size": 16}
 
 
@@ -254,51 +249,14 @@ def test_blocks_become_the_file_that_numpy_writes(tmp_path):
 # --------------------------------------------------------------------------------------- as users start it
 
 
-def start(*args, devices=1):
-    """`python sample.py` on that many virtual CPU devices."""
-    env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax"), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), *map(str, args)],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-    )  # fmt: skip
-
-
-def finish(*processes):
-    """(exit codes, outputs)."""
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], outputs
-
-
-def run_two(*args, own=((), ())):
-    """(exit codes, outputs) of two processes; `own` are options that only the first, and only the second, gets."""
-    for _ in range(3):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-index")
-        codes, outputs = finish(*(start(*args, *shared, i, *own[i]) for i in range(2)))
-        # Gloo gives a process 30 s to come to where the other is; on a loaded machine it may take longer.
-        if not any("Gloo context initialization failed" in out for out in outputs):
-            break
-    return codes, outputs
-
-
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(tiny_run, tmp_path):
     options = ("--workdir", tiny_run, "--num-samples", 44, "--steps", 2, "--batch-size", 16)
-    codes, outputs = finish(start(*options, "--npz", tmp_path / "one.npz", devices=2))
-    assert codes == [0], outputs
-    codes, outputs = run_two(*options, "--npz", tmp_path / "two.npz", "--out", tmp_path / "g.png")
-    assert codes == [0, 0], "".join(outputs)
-    assert "44 pictures of step 5" in outputs[0] and "pictures" not in outputs[1]
+    finish(start("sample.py", *options, "--npz", tmp_path / "one.npz", devices=2))
+    first, second = together(
+        joined("sample.py", *options, "--npz", tmp_path / "two.npz", "--out", tmp_path / "g.png")
+    )
+    assert "44 pictures of step 5" in first.said and "pictures" not in second.said
     with np.load(tmp_path / "one.npz") as a, np.load(tmp_path / "two.npz") as b:
         for name in ("arr_0", "arr_1"):
             np.testing.assert_array_equal(a[name], b[name])
@@ -309,9 +267,8 @@ def test_two_processes_write_what_one_writes(tiny_run, tmp_path):
 def test_a_failure_in_one_process_ends_both_with_one_sentence(tiny_run, tmp_path):
     options = ("--workdir", tiny_run, "--steps", 2, "--num-samples", 44)
     own = (("--vae", "digits"), ("--vae", tmp_path / "moved"))  # nobody but process 1 misses it
-    codes, outputs = run_two(*options, "--npz", tmp_path / "s.npz", own=own)
-    assert codes == [2, 2], outputs
-    said = "".join(outputs)
+    processes = together(joined("sample.py", *options, "--npz", tmp_path / "s.npz", own=own), code=2)
+    said = "".join(process.said for process in processes)
     assert said.count("the dataset's autoencoder cannot be read") == 1, said
     assert "Traceback" not in said, said
 
@@ -319,17 +276,12 @@ def test_a_failure_in_one_process_ends_both_with_one_sentence(tiny_run, tmp_path
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_gone_on_with(tiny_run, tmp_path):
     npz = tmp_path / "s.npz"
-    options = ("--workdir", tiny_run, "--steps", 50, "--batch-size", 16, "--npz", npz, "--num-samples", 400)
-    process = start(*options)
-    end = time.monotonic() + 200
-    while len(list(parts_of(npz).glob("0*.npz"))) < 3 and process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    options = ("--workdir", tiny_run, "--steps", 50, "--batch-size", 16, "--num-samples", 400)
+    process = start("sample.py", *options, "--npz", npz)
+    wait_for(lambda: len(list(parts_of(npz).glob("0*.npz"))) >= 3, process)
+    process.kill()
+    finish(process, code=-signal.SIGKILL)
     assert not npz.exists()
-    codes, outputs = finish(start(*options), start(*options[:-3], tmp_path / "whole.npz", *options[-2:]))
-    assert codes == [0, 0], outputs
+    finish(*(start("sample.py", *options, "--npz", file) for file in (npz, tmp_path / "whole.npz")))
     with np.load(npz) as a, np.load(tmp_path / "whole.npz") as b:
         np.testing.assert_array_equal(a["arr_0"], b["arr_0"])

@@ -90,7 +90,7 @@ def test_a_rank_beyond_the_inputs_is_refused(tiny):
 
 
 @pytest.mark.slow
-def test_training_moves_the_adaptation_alone(tiny, latents, tmp_path):
+def test_training_moves_the_adaptation_alone(tiny, latents, tmp_path, hurried):
     def config(name, **options):
         lora = options.pop("lora", LoraConfig())
         made = tiny.config(

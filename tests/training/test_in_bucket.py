@@ -2,22 +2,16 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import re
 import signal
-import socket
-import subprocess
-import sys
 
 import pytest
+from started import ROOT, together
 
 from dit_jax import paths
 from dit_jax.config import to_json
 from dit_jax.runs.checkpoint import find_damage
 from dit_jax.runs.log import read_lines
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
@@ -26,8 +20,8 @@ PROGRAM = """
 import dataclasses, os, signal, sys
 import jax
 
-port, index, file, *folders = sys.argv[1:]
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+address, index, file, *folders = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
 from dit_jax.config import load
 from dit_jax.training import loop
 
@@ -48,28 +42,9 @@ for folder in folders:
 """
 
 
-def start(file, folders):
-    """Exit codes and stderr of two processes that train in these folders."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax"),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(index), str(file), *folders],
-            env=env, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=400)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], said
+def two(file, *folders):
+    """Arguments of two processes that train in these folders."""
+    return lambda address, index: ("-c", PROGRAM, address, index, file, *folders)
 
 
 @pytest.mark.slow
@@ -85,12 +60,10 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(google, tiny, latent
         to_json(dataclasses.replace(config, train=dataclasses.replace(config.train, workdir="none")))
     )
     whole, broken = f"{bucket}/whole", f"{bucket}/broken"
-    codes, said = start(file, [whole, broken])
-    assert codes == [-signal.SIGKILL] * 2, "".join(said)
+    together(two(file, whole, broken), code=-signal.SIGKILL)
     assert [line["step"] for line in read_lines(paths.to_path(broken) / "metrics.jsonl")][-1] < 8
-    codes, said = start(file, [broken])
-    assert codes == [0, 0], "".join(said)
-    assert re.search(rf"going on from step [246] in {broken}\n", said[0]), said[0]
+    said = together(two(file, broken))[0].err
+    assert re.search(rf"going on from step [246] in {broken}\n", said), said
     losses = [
         [
             (line["step"], line["loss"])

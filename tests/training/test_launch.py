@@ -1,69 +1,31 @@
 """Runs as users start them: several processes, signals, exit codes. Each is a `python train.py` of its own."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from started import finish, free_port, joined, start, together, wait_for
 
 from dit_jax.config import ConfigError, to_json
 from dit_jax.runs.checkpoint import find_damage
 from dit_jax.runs.log import read_lines
 from dit_jax.training import launch
 
-ROOT = pathlib.Path(__file__).parents[2]
 
-
-def start(config_file, *args, devices=4):
+def train(config_file, *args, devices=1):
     """`python train.py` on that many virtual CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax"), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), "--config", str(config_file), *args],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-    )  # fmt: skip
-    started.append(process)
-    return process
+    return start("train.py", "--config", config_file, *args, devices=devices)
 
 
-started: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _no_process_is_left():
-    """A test that fails ends the runs that it started: some would go on for ever."""
-    yield
-    while started:
-        with started.pop() as process:
-            process.kill()
-
-
-def free_port():
-    """A port on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start_two(config_file, *own, devices=2):
-    """Two processes of so many devices each; `own` are options that only the first, and only the second, gets."""
-    shared = ("--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-index")
-    own = own or ((), ())
-    return [start(config_file, *shared, str(i), *own[i], devices=devices) for i in range(2)]
-
-
-def finish(*processes, timeout=240):
-    """(exit codes, outputs)."""
-    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    return [process.returncode for process in processes], outputs
+def two(config_file, *own):
+    """For `together`: two processes; `own` are options that only the first, and only the second, gets."""
+    return joined("train.py", "--config", config_file, own=own or ((), ()))
 
 
 @pytest.fixture
@@ -81,61 +43,42 @@ def config_file(tiny, latents, tmp_path):
     return make
 
 
-def wait_for(happened, timeout=200):
-    """Return when happened() is true."""
-    end = time.monotonic() + timeout
-    while not happened():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{happened} did not happen")
-        time.sleep(0.01)
-
-
-def wait_for_step(workdir, step):
+def wait_for_step(workdir, step, *processes):
     """Return when the log has reached the step."""
-    wait_for(lambda: any(line["step"] >= step for line in read_lines(workdir / "metrics.jsonl")))
+    wait_for(lambda: any(line["step"] >= step for line in read_lines(workdir / "metrics.jsonl")), *processes)
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_run(config_file, tmp_path):
     mesh = {"preset": "fsdp", "data": 2}
-    codes, outputs = finish(start(config_file("one", mesh, steps=4)))
-    assert codes == [0], outputs[0]
-    codes, outputs = finish(*start_two(config_file("two", mesh, steps=4)))
-    assert codes == [0, 0], "".join(outputs)
-    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [line["step"] for line in two] == [2, 4]  # one writer
-    for a, b in zip(one, two, strict=True):
+    finish(train(config_file("one", steps=8)))
+    together(two(config_file("two", mesh, steps=4)), devices=2)
+    whole, parts = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [line["step"] for line in parts] == [2, 4]  # one writer
+    for a, b in zip(whole, parts, strict=False):
         np.testing.assert_allclose([a["loss"], a["vb"]], [b["loss"], b["vb"]], rtol=1e-5)
     assert find_damage(tmp_path / "two" / "checkpoints" / "4") == ""
     assert len(list((tmp_path / "two" / "tensorboard").glob("events*"))) == 1
 
     # A checkpoint of two processes goes on in one, with the losses of a run that was never interrupted.
-    codes, outputs = finish(start(config_file("two", mesh, steps=8), devices=1 * 4))
-    assert codes == [0], outputs[0]
-    codes, outputs = finish(start(config_file("one", {}, steps=8), devices=1))
-    assert codes == [0], outputs[0]
-    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [line["step"] for line in two] == [2, 4, 6, 8]
-    for a, b in zip(one, two, strict=True):
+    finish(train(config_file("two", mesh, steps=8), devices=4))
+    parts = read_lines(tmp_path / "two" / "metrics.jsonl")
+    assert [line["step"] for line in parts] == [2, 4, 6, 8]
+    for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
     options = {"log_every": 5, "checkpoint_every": 10**6}
-    file = config_file("run", steps=10**6, **options)
-    process = start(file, devices=1)
-    wait_for_step(tmp_path / "run", 5)
+    process = train(config_file("run", steps=10**6, **options))
+    wait_for_step(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGTERM)
-    codes, (output,) = finish(process)
-    assert codes == [launch.EXIT_STOPPED], output
+    finish(process, code=launch.EXIT_STOPPED)
     (saved,) = (int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
-    assert f"step {saved} is saved" in output
+    assert f"step {saved} is saved" in process.said
 
-    codes, outputs = finish(start(config_file("run", steps=saved + 10, **options), devices=1))
-    assert codes == [0], outputs[0]
-    codes, outputs = finish(start(config_file("whole", steps=saved + 10, **options), devices=1))
-    assert codes == [0], outputs[0]
+    finish(*(train(config_file(name, steps=saved + 10, **options)) for name in ("run", "whole")))
     parts, whole = (
         [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("run", "whole")
     )
@@ -144,31 +87,29 @@ def test_sigterm_saves_and_the_same_command_goes_on(config_file, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_before_the_first_step_is_a_stop_too(config_file, tmp_path):
-    process = start(config_file("run", steps=10**6), devices=1)
-    wait_for(lambda: (tmp_path / "run" / ".lock").exists())
+    process = train(config_file("run", steps=10**6))
+    wait_for((tmp_path / "run" / ".lock").exists, process)
     process.send_signal(signal.SIGTERM)  # while it looks for checkpoints and compiles
-    codes, (output,) = finish(process)
-    assert codes == [launch.EXIT_STOPPED], output
-    assert "asked to stop" in output and "Traceback" not in output
+    finish(process, code=launch.EXIT_STOPPED)
+    assert "asked to stop" in process.said and "Traceback" not in process.said
 
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(config_file, tmp_path):
-    processes = start_two(config_file("run", steps=10**6, log_every=5, checkpoint_every=10**6))
-    wait_for_step(tmp_path / "run", 5)
-    processes[1].send_signal(signal.SIGTERM)
-    codes, outputs = finish(*processes)
-    assert codes == [launch.EXIT_STOPPED] * 2, "".join(outputs)
+    def stop_the_second(*processes):
+        wait_for_step(tmp_path / "run", 5, *processes)
+        processes[1].send_signal(signal.SIGTERM)
+
+    file = config_file("run", steps=10**6, log_every=5, checkpoint_every=10**6)
+    together(two(file), devices=2, code=launch.EXIT_STOPPED, meanwhile=stop_the_second)
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert find_damage(saved) == ""
 
 
 def lead_refuses(config_file, latents, tmp_path):
     (tmp_path / "file").touch()
-    processes = start_two(
-        config_file("run"), ("--train.workdir", str(tmp_path / "file" / "run")), (), devices=1
-    )
-    return processes, launch.EXIT_BAD_OPTION, "where no file can be written"
+    arguments = two(config_file("run"), ("--train.workdir", tmp_path / "file" / "run"), ())
+    return arguments, "where no file can be written"
 
 
 def second_reads_a_damaged_shard(config_file, latents, tmp_path):
@@ -177,17 +118,14 @@ def second_reads_a_damaged_shard(config_file, latents, tmp_path):
     for shard in copy.glob("*.array_record-*"):
         shard.write_bytes(bytes(byte ^ 4 * (i % 500 == 250) for i, byte in enumerate(shard.read_bytes())))
     file = config_file("run", steps=10**6, log_every=1, checkpoint_every=1)
-    processes = start_two(file, (), ("--data.dir", str(copy)), devices=1)
-    return processes, launch.EXIT_BAD_OPTION, "cannot be read"
+    return two(file, (), ("--data.dir", copy)), "cannot be read"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fail", [lead_refuses, second_reads_a_damaged_shard])
 def test_when_one_process_fails_all_end_with_its_code_and_its_sentence(fail, config_file, latents, tmp_path):
-    processes, expected, sentence = fail(config_file, latents, tmp_path)
-    codes, outputs = finish(*processes)
-    output = "".join(outputs)
-    assert codes == [expected, expected], output
+    arguments, sentence = fail(config_file, latents, tmp_path)
+    output = "".join(process.said for process in together(arguments, code=launch.EXIT_BAD_OPTION))
     assert output.count(sentence) == 1
     assert "Traceback" not in output and "rror:" not in output, output
 
@@ -212,15 +150,14 @@ def test_signals_at_any_moment_of_a_start_are_one_line_and_a_code(config_file):
     file = config_file("run", steps=10**6)
 
     def end_by(number, delay, *args, until=lambda: True):
-        process = start(file, *args, devices=1)
-        wait_for(lambda: takes_sigterm(process) and until())
+        process = train(file, *args)
+        wait_for(lambda: takes_sigterm(process) and until(), process)
         time.sleep(delay)
         process.send_signal(number)
-        (code,), (output,) = finish(process)
-        moment = f"{signal.Signals(number).name} after {delay} s: {output}"
-        assert "Traceback" not in output, moment
-        assert output.count("the same command goes on") == 1, moment
-        assert code == (launch.EXIT_STOPPED if number == signal.SIGTERM else launch.EXIT_INTERRUPTED), moment
+        finish(process, code=launch.EXIT_STOPPED if number == signal.SIGTERM else launch.EXIT_INTERRUPTED)
+        moment = f"{signal.Signals(number).name} after {delay} s: {process.said}"
+        assert "Traceback" not in process.said, moment
+        assert process.said.count("the same command goes on") == 1, moment
 
     for delay in (0, 0.5, 2):
         end_by(signal.SIGTERM, delay)
@@ -233,8 +170,8 @@ def test_signals_at_any_moment_of_a_start_are_one_line_and_a_code(config_file):
 
 @pytest.mark.slow
 def test_bad_options_are_one_line(config_file, tmp_path):
-    codes, (output,) = finish(start(config_file("run"), "--train.batch-size", "10"))
-    assert codes == [launch.EXIT_BAD_OPTION]
+    process = train(config_file("run"), "--train.batch-size", 10, devices=4)
+    (output,) = (ended.said for ended in finish(process, code=launch.EXIT_BAD_OPTION))
     assert output.splitlines()[-1].startswith(
         "train.py: --train.batch-size is 10; expected a multiple of the 4"
     )
@@ -245,15 +182,14 @@ def test_bad_options_are_one_line(config_file, tmp_path):
 @pytest.mark.slow
 def test_dry_run_trains_nothing(config_file, tmp_path):
     file = config_file("run", {"preset": "fsdp"}, steps=400)
-    codes, (output,) = finish(start(file, "--dry-run"))
-    assert codes == [0], output
+    (process,) = finish(train(file, "--dry-run", devices=4))
     for part in (
         "data 1, fsdp 4, tensor 1",
         "40 images, 2.5 steps per epoch, 160.0 epochs",
         "GB parameters",
         " h for",
     ):
-        assert part in output
+        assert part in process.said
     assert not (tmp_path / "run").exists()
 
 

@@ -1,18 +1,18 @@
 """Latents of several sizes in one run: positions, the order of the batches, steps, resuming, samples."""
 
-import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from datasets_like import copy_with
 
 from dit_jax import DiT
 from dit_jax.config import ConfigError, from_json, to_json
 from dit_jax.data.latents import open_dataset
 from dit_jax.data.loader import order_of
-from dit_jax.data.metadata import METADATA_FILE, LatentMetadata, load_metadata
+from dit_jax.data.metadata import LatentMetadata
 from dit_jax.generation.command import SampleArgs, size_asked
 from dit_jax.generation.sampling import (
     SamplingOptions,
@@ -77,12 +77,7 @@ def test_a_network_of_another_size_has_the_same_parameters():
 def folders(latents, tmp_path_factory):
     """The dataset of 40 latents 8x8x4, and the same bytes as latents 4x16x4."""
     other = tmp_path_factory.mktemp("sizes") / "wide"
-    other.mkdir()
-    for file in latents.iterdir():
-        if file.is_file():
-            (other / file.name).write_bytes(file.read_bytes())
-    changed = dataclasses.replace(load_metadata(latents), latent_shape=(*SIZE, 4))
-    (other / METADATA_FILE).write_text(changed.to_json())
+    copy_with(latents, other, latent_shape=(*SIZE, 4))
     return str(latents), str(other)
 
 
@@ -177,7 +172,7 @@ def test_rates_count_what_each_size_costs(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_on_two_sizes_resumes_to_the_bit_and_is_sampled_at_both(tiny, folders, tmp_path):
+def test_a_run_on_two_sizes_resumes_to_the_bit_and_is_sampled_at_both(tiny, folders, tmp_path, hurried):
     def run(name, steps, cache="none"):
         options = {
             "workdir": str(tmp_path / name),

@@ -1,12 +1,9 @@
 """Steps that hang, and steps of which a trace is written."""
 
-import os
-import pathlib
-import subprocess
-import sys
 import threading
 
 import pytest
+from started import finish, start
 
 from dit_jax import signals
 from dit_jax.config import ConfigError, to_json
@@ -15,7 +12,6 @@ from dit_jax.training import profile
 from dit_jax.training import watchdog as room
 from dit_jax.training.loop import train
 
-ROOT = pathlib.Path(__file__).parents[2]
 LONG = 60.0  # seconds that a test waits for what comes at once
 
 
@@ -97,8 +93,7 @@ def test_a_trace_is_written(tiny, latents, tmp_path):
     options = {"workdir": str(tmp_path / "run"), "steps": 4, "profile_steps": "2:3"}
     file = tmp_path / "config.json"
     file.write_text(to_json(tiny.config(train=options, data={"dir": str(latents)})))
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache/jax")}
-    subprocess.run([sys.executable, "-c", PROGRAM, str(file)], env=env, cwd=ROOT, check=True, timeout=400)
+    finish(start("-c", PROGRAM, file))
     assert len(list((tmp_path / "run" / profile.FOLDER).rglob("*.xplane.pb"))) == 1
 
 

@@ -152,7 +152,7 @@ def _check_bucket(option: str, folder: pathlib.Path) -> None:
     probe = folder / f".probe-{secrets.token_hex(4)}"
     try:
         probe.write_bytes(b"")
-        probe.unlink()
+        paths.remove(probe)
     except (OSError, ValueError) as error:
         problem = "no such bucket" if isinstance(error, FileNotFoundError) else error
         raise ConfigError(

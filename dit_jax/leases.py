@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+import secrets
 import socket
 import threading
 import time
@@ -63,10 +64,12 @@ def _take(thing: pathlib.Path) -> int:
     if number and not _is_free(thing, number):
         raise HeldError
     number += 1
+    mine = _mine(secrets.token_hex(8))
     try:
-        paths.create(_object(thing, number), _mine())
+        paths.create(_object(thing, number), mine)
     except FileExistsError:
-        raise HeldError from None
+        if _read(thing, number) != mine:  # it is, where the store's answer was lost and it was asked again
+            raise HeldError from None
     numbers = _numbers(thing)
     if max(numbers) > number:  # the list was old: it had been taken, and released, since
         raise HeldError
@@ -126,8 +129,9 @@ def _write(thing: pathlib.Path, number: int, text: str) -> None:
     _object(thing, number).write_text(text)
 
 
-def _mine(count: int = 0) -> str:
-    return json.dumps({**_machine(), "pid": os.getpid(), "count": count})
+def _mine(mark: int | str = 0) -> str:
+    """What this process writes; `mark` tells one writing from the others."""
+    return json.dumps({**_machine(), "pid": os.getpid(), "mark": mark})
 
 
 @functools.cache

@@ -173,6 +173,15 @@ def test_of_two_that_take_it_at_once_one_wins(folder, quick, monkeypatch):
         leases._take(folder / "lock")
 
 
+def test_an_owner_whose_answer_was_lost_is_the_owner(folder, store, quick):
+    def takes(method, path):
+        return method in ("POST", "PUT") and "lock.1" in path
+
+    with store.failing(takes, cut=True, times=1) as fault:
+        assert leases._take(folder / "lock") == 1
+    assert fault.seen == 1
+
+
 def test_what_nobody_renews_is_taken_over_and_its_owner_hears_of_it(folder, quick, monkeypatch):
     lost = []
     with leases.leased(folder / "lock", lost.append):

@@ -183,16 +183,13 @@ def trial_clock(root: pathlib.Path, rng: random.Random) -> str:
 
 
 def trial_store(store: Any, root: pathlib.Path, rng: random.Random) -> str:
-    """A store that refuses, is slow and breaks off at random; "" if a run in it ends as one on the disk."""
+    """A store that refuses, stalls or breaks off one request in eight; "" if a run in it ends as one on the disk."""
     config = runs.make_config(root, "run", 6, store.bucket())
-    child = Child(config)
-    while child.process.is_alive():
-        how: Any = rng.choice(
-            [{"status": 503}, {"status": 429}, {"cut": True}, {"seconds": rng.uniform(0, 2)}]
-        )
-        with store.failing(times=rng.randint(1, 3), **how):
-            child.process.join(rng.uniform(0.1, 1))
-    code, output = child.finish()
+    kinds: list[Any] = [{"status": 503}, {"status": 429}, {"cut": True}, {"seconds": 1.0}]
+    with contextlib.ExitStack() as faults:
+        for how in kinds:
+            faults.enter_context(store.failing(lambda *_: rng.random() < 0.03, **how))
+        code, output = Child(config).finish()
     if code != 0 or "could not be written" in output:
         return f"exit code {code}: {output[-300:]}"
     workdir = paths.to_path(config.train.workdir)
@@ -256,9 +253,9 @@ class Table:
 
 def run_trials(table: Table, trials: dict[str, Callable[[], str]], repeats: int) -> None:
     """Each trial `repeats` times."""
-    for name, trial in tqdm.tqdm(trials.items(), desc="other faults", disable=not trials):
+    for name, trial in trials.items():
         try:
-            problems = [trial() for _ in tqdm.trange(repeats, desc=name, leave=False)]
+            problems = [trial() for _ in tqdm.trange(repeats, desc=name)]
         except PermissionError as error:
             print(f"{name}: left out: {error}")
             continue
@@ -286,9 +283,10 @@ def main() -> int:
     runs.preload()
     with contextlib.ExitStack() as stack:
         root = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        # Before any process is started: they inherit where the store is.
+        store = stack.enter_context(runs.store(args.bucket)) if args.bucket else None
         runs.base_run(root)  # prepares the dataset and compiles
-        if args.bucket:
-            store = stack.enter_context(runs.store(args.bucket))
+        if store:
             bucket, where = store.bucket(), f", {store.scheme}://"
             trials = {f"a store that fails{where}": lambda: trial_store(store, root, rng)}
         else:

@@ -1,7 +1,8 @@
 """Stores of Google's and Amazon's kind on this machine, behind a server that can be told to fail.
 
 The server in front also does what the emulator of Google's store leaves out and its clients rely on: ranges that
-count from the end, the generation of what is read, and an upload that asks that there be nothing yet.
+count from the end, the generation of what is read, an upload that asks that there be nothing yet, and the answer to
+one that was finished before, when the client asks again because it did not hear.
 """
 
 import contextlib
@@ -153,6 +154,7 @@ def google():
     emulator.start()
     port = emulator._api._httpd.server_port
     turn, creating = threading.Lock(), threading.Lock()
+    uploaded = {}
 
     def ask(method, path, headers, body):
         with turn:  # the emulator's memory is not made for threads
@@ -175,7 +177,12 @@ def google():
             start = max(0, len(whole) - int(suffix[1]))
             headers = {key: value for key, value in headers.items() if key.lower() != "range"}
             headers["Range"] = f"bytes={start}-"
+        upload = query.get("upload_id", [""])[0]
+        if upload in uploaded:
+            return uploaded[upload]
         status, found, data = ask(method, path, headers, body)
+        if upload and status == 200:
+            uploaded[upload] = status, found, data
         if method == "GET" and "alt=media" in parts.query and status in (200, 206):
             about = path.replace("/download/", "/").replace("alt=media", "alt=json")
             told = re.search(rb'"generation": ?"(\d+)"', ask("GET", about, {}, b"")[2])

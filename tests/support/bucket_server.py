@@ -126,12 +126,25 @@ class _FrontServer(http.server.ThreadingHTTPServer):
         """A client that went away is no matter."""
 
 
+@contextlib.contextmanager
+def _stopping(emulator):
+    try:
+        yield
+    finally:
+        emulator.stop()
+
+
+@contextlib.contextmanager
 def _serve(scheme, behind):
     server = _FrontServer(("127.0.0.1", 0), _Front)
     server.store = Store(f"http://127.0.0.1:{server.server_port}", scheme)
     server.behind = behind
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+    try:
+        yield server.store
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def _ask(port, method, path, headers, body):
@@ -190,23 +203,15 @@ def google():
                 found["x-goog-generation"] = told[1].decode()
         return status, found, data
 
-    server = _serve("gs", behind)
-    url = server.store.url
-    server.store.make_bucket = lambda name: _ask(
-        port,
-        "POST",
-        "/storage/v1/b?project=p",
-        {"Content-Type": "application/json"},
-        f'{{"name": "{name}"}}'.encode(),
-    )
+    def make_bucket(name):
+        about = {"Content-Type": "application/json"}
+        _ask(port, "POST", "/storage/v1/b?project=p", about, f'{{"name": "{name}"}}'.encode())
+
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
-    os.environ.update(dict.fromkeys(names, url))
-    try:
-        yield server.store
-    finally:
-        server.shutdown()
-        server.server_close()
-        emulator.stop()
+    with _stopping(emulator), _serve("gs", behind) as store:
+        store.make_bucket = make_bucket
+        os.environ.update(dict.fromkeys(names, store.url))
+        yield store
 
 
 def _uploaded_name(body):
@@ -228,15 +233,10 @@ def amazon():
     def behind(method, path, headers, body):
         return _ask(port, method, path, headers, body)
 
-    server = _serve("s3", behind)
-    server.store.make_bucket = lambda name: _ask(port, "PUT", f"/{name}", {"Host": f"127.0.0.1:{port}"}, b"")
-    os.environ.update(
-        AWS_ENDPOINT_URL=server.store.url, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret",
-        AWS_REGION="us-east-1", AWS_DEFAULT_REGION="us-east-1",
-    )  # fmt: skip
-    try:
-        yield server.store
-    finally:
-        server.shutdown()
-        server.server_close()
-        emulator.stop()
+    with _stopping(emulator), _serve("s3", behind) as store:
+        store.make_bucket = lambda name: _ask(port, "PUT", f"/{name}", {"Host": f"127.0.0.1:{port}"}, b"")
+        os.environ.update(
+            AWS_ENDPOINT_URL=store.url, AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="secret",
+            AWS_REGION="us-east-1", AWS_DEFAULT_REGION="us-east-1",
+        )  # fmt: skip
+        yield store

@@ -7,8 +7,13 @@ Amazon's AWS_* variables and ~/.aws.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
 import os
+import re
+import urllib.parse
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from dit_jax.config import ConfigError
@@ -17,27 +22,66 @@ HELP = "expected gcsfs, s3fs and universal_pathlib (pip install 'dit_jax[bucket]
 SCHEMES = ("gs://", "s3://")
 
 
+SILENCE_SECONDS = 30  # after which a connection is given up, and the store asked again
+REQUEST_SECONDS = 600  # that a request may take in all: a part of an upload is of 50 MB
+AMAZON_ATTEMPTS, ARRAY_RETRIES = 10, 8  # of s3fs in half a minute, of TensorStore in two; gcsfs has six
+PASSING = (429, 500, 502, 503, 504)  # HTTP statuses
+
+fences: list[Callable[[], Callable[[], None] | None]] = []
+"""Each is asked before every request of fsspec's that changes something. What it gives is called, in a thread, before
+the request is sent, and may raise: this process may no longer be the one to change it (dit_jax.leases)."""
+
+
 class BucketError(OSError):
-    """A store does not answer, or refuses, after it was asked again for half a minute and more."""
+    """A store does not answer, or refuses, after it was asked again for half a minute and more.
+
+    reason: what it says, without what it was asked for; empty where that is in the sentence alone.
+    """
+
+    def __init__(self, sentence: str, reason: str = "") -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+async def _pass_fences() -> None:
+    for fence in list(fences):
+        if (check := fence()) is not None:
+            await asyncio.to_thread(check)
 
 
 def _retold(error: Exception, where: str) -> Exception:
     """What a library of a store raised, as an OSError in one sentence; the usual kinds stay as they are."""
     if isinstance(error, (FileNotFoundError, FileExistsError, BucketError, TypeError, ValueError, KeyError)):
         return error
+    if getattr(error, "errno", None) == errno.ENOSPC:  # the disk that it is copied to
+        return error
     code = getattr(error, "code", None)  # of gcsfs' errors, whose text may be empty
-    said = f"HTTP {code}" if code else " ".join(str(error).split()) or type(error).__name__
-    return BucketError(f"{where}: the store refuses or does not answer ({said[:300]})")
+    said = f"HTTP {code}" if code else " ".join(re.sub(r":? *https?://\S+", "", str(error)).split())
+    said = said[:300] or type(error).__name__
+    if asked := re.search(r"/b/([^/]+)/o(?:\?name=|/)?([^?&]*)", where):  # Google's URL of it
+        where = f"gs://{asked[1]}/{urllib.parse.unquote(asked[2])}"
+    return BucketError(f"{where}: the store refuses or does not answer ({said})", said)
+
+
+async def _told(asked: Awaitable[Any], where: str) -> Any:
+    try:
+        return await asked
+    except Exception as error:
+        raise _retold(error, where) from None
 
 
 def register() -> None:
     """Make fsspec, and Orbax by it, use the two file systems below. Raises ConfigError where a library is missing."""
     # Its other file system asks a second service, at every path, what kind of bucket it is.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # TensorStore waits for ever for what is connected and says nothing.
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(SILENCE_SECONDS))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     try:
         import fsspec
         from gcsfs.core import GCSFileSystem
         from s3fs import S3FileSystem
+        from s3fs.core import set_custom_error_handler
     except ImportError as error:
         raise ConfigError(f"paths in buckets need {error.name}, which is not installed; {HELP}") from None
     # They narrate errors that are raised too.
@@ -48,15 +92,22 @@ def register() -> None:
         """Google Cloud Storage."""
 
         async def _call(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return await super()._call(method, path, *args, **kwargs)
-            except Exception as error:
-                raise _retold(error, f"gs://{'/'.join(map(str, args))}" if args else path) from None
+            if method != "GET":
+                await _pass_fences()
+            where = f"gs://{'/'.join(map(str, args))}" if args else path
+            return await _told(super()._call(method, path, *args, **kwargs), where)
+
+        async def _get_file_request(self, rpath: str, *args: Any, **kwargs: Any) -> Any:
+            return await _told(super()._get_file_request(rpath, *args, **kwargs), f"gs://{rpath}")
 
     class AmazonBuckets(S3FileSystem):
         """Amazon S3, and what speaks like it."""
 
+        retries = AMAZON_ATTEMPTS
+
         async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
+            if not method.startswith(("get_", "head_", "list_")):
+                await _pass_fences()
             try:
                 return await super()._call_s3(method, *args, **kwargs)
             except Exception as error:
@@ -65,23 +116,54 @@ def register() -> None:
                     raise FileExistsError(where) from None
                 raise _retold(error, where) from None
 
+        async def _get_file(self, rpath: str, *args: Any, **kwargs: Any) -> Any:
+            return await _told(super()._get_file(rpath, *args, **kwargs), f"s3://{rpath}")
+
+        async def _cat_file(self, path: str, *args: Any, **kwargs: Any) -> Any:
+            return await _told(super()._cat_file(path, *args, **kwargs), f"s3://{path}")
+
     for scheme, kind in (("gs", GoogleBuckets), ("gcs", GoogleBuckets), ("s3", AmazonBuckets)):
         fsspec.register_implementation(scheme, kind, clobber=True)
-        # What another process has written is to be seen; and an upload is compared with what the store has taken.
-        options: dict[str, Any] = {"use_listings_cache": False}
-        if kind is GoogleBuckets:
-            options["consistency"] = "md5"
-            if os.environ.get("STORAGE_EMULATOR_HOST"):  # no credentials, which are not looked for
-                options["token"] = "anon"
-                os.environ.setdefault("NO_GCE_CHECK", "true")
-        fsspec.config.conf[scheme] = options
+        fsspec.config.conf[scheme] = _google() if kind is GoogleBuckets else _amazon()
+    set_custom_error_handler(_passes)
+
+
+# What another process has written is to be seen: no listing is kept.
+
+
+def _google() -> dict[str, Any]:
+    """Options of Google's file system."""
+    import aiohttp
+
+    patience = aiohttp.ClientTimeout(
+        total=REQUEST_SECONDS, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS
+    )
+    # An upload is compared with what the store has taken.
+    options = {"use_listings_cache": False, "consistency": "md5", "requests_timeout": patience}
+    if os.environ.get("STORAGE_EMULATOR_HOST"):  # no credentials, which are not looked for
+        options["token"] = "anon"
+        os.environ.setdefault("NO_GCE_CHECK", "true")
+    return options
+
+
+def _amazon() -> dict[str, Any]:
+    """Options of Amazon's; of the two that would ask again, each time after the other had given up, one does."""
+    return {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+
+
+def _passes(error: Exception) -> bool:
+    """Whether what Amazon's store has said may be otherwise when it is asked again."""
+    answer = getattr(error, "response", None) or {}
+    return answer.get("ResponseMetadata", {}).get("HTTPStatusCode") in PASSING
 
 
 def kvstore(path: str) -> dict[str, Any]:
     """TensorStore's name for a folder in a bucket."""
     scheme, _, rest = path.partition("://")
     bucket, _, key = rest.partition("/")
-    found: dict[str, Any] = {"driver": "gcs" if scheme == "gs" else "s3", "bucket": bucket, "path": key}
+    driver = os.environ.get("TENSORSTORE_GCS_BACKEND", "gcs") if scheme == "gs" else "s3"
+    found: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": key}
+    found["s3_request_retries" if scheme == "s3" else "gcs_request_retries"] = {"max_retries": ARRAY_RETRIES}
     if scheme == "s3" and (
         endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     ):

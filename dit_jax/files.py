@@ -15,6 +15,7 @@ from dit_jax.config import ConfigError
 from dit_jax.config.saved import shown
 
 ROOM = 16 * 1024  # bytes that a folder must be able to take
+NAME = 160  # letters that a name in it may have: a checkpoint's files lie some folders below a run's
 
 # ------------------------------------------------------------------------------------------ writing
 
@@ -133,7 +134,7 @@ def cache_folder() -> pathlib.Path:
 
 def check_folder(option: str, folder: paths.Named) -> None:
     """Make `folder`. Raises ConfigError, naming the option, where no file can be written in it."""
-    if paths.is_remote(folder):
+    if paths.is_remote(paths.to_path(folder)):  # raises for other stores
         _check_bucket(option, paths.to_path(folder))
         return
     try:
@@ -149,25 +150,34 @@ def check_folder(option: str, folder: paths.Named) -> None:
 
 
 def _check_bucket(option: str, folder: pathlib.Path) -> None:
-    probe = folder / f".probe-{secrets.token_hex(4)}"
+    probe = folder / f".probe-{secrets.token_hex(NAME // 2)}"
     try:
         probe.write_bytes(b"")
         paths.remove(probe)
     except (OSError, ValueError) as error:
         problem = "no such bucket" if isinstance(error, FileNotFoundError) else error
+        problem = getattr(error, "reason", "") or problem  # without the name of the probe
         raise ConfigError(
             f"{option} is {shown(str(folder), 400)}, where nothing can be written ({problem}); "
             "expected a folder of a bucket that is there and may be written"
         ) from None
 
 
+def _check_object(option: str, file: pathlib.Path) -> None:
+    name = shown(str(file), 400)
+    if paths.is_folder(file) or file.parent == file:
+        raise ConfigError(f"{option} is {name}, which is a folder; expected a file")
+    if len(os.fsencode(file.name)) > 255:  # it is made on the disk
+        raise ConfigError(f"{option} is {name}, which is too long; expected a name of at most 255 bytes")
+    _check_bucket(option, file.parent)
+
+
 def check_file(option: str, path: paths.Named, size: int = ROOM) -> None:
     """Raises ConfigError, naming the option, where the file `path` of `size` bytes cannot be written."""
     if paths.is_remote(path):
-        if paths.is_folder(path):
-            raise ConfigError(f"{option} is {shown(str(path), 400)}, which is a folder; expected a file")
-        _check_bucket(option, paths.to_path(path).parent)
+        _check_object(option, paths.to_path(path))
         return
+    paths.to_path(path)  # raises for other stores
     target, name = pathlib.Path(path), shown(os.fspath(path), 400)
     if not target.name:
         raise ConfigError(f"{option} is {name}, which names no file; expected a file")

@@ -2,7 +2,8 @@
 
 An owner creates the object NAME.N, with N one higher than the last: a store lets one of all creators win. It renews
 the object every few seconds. Who finds one that is not renewed for half a minute, by its own clock, takes over with
-N + 1; the owner before notices the higher number. What a dead process of this machine left is taken over at once.
+N + 1; the owner before notices the higher number, and one that has slept looks for it before it writes anything (what
+TensorStore writes aside). What a dead process of this machine left is taken over at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dit_jax import paths
+from dit_jax import buckets, paths
 
 RENEW_SECONDS = 5.0
 STALE_SECONDS = 30.0
@@ -46,16 +47,18 @@ def leased(thing: pathlib.Path, lost: Callable[[str], object], wait: bool = Fals
             if not wait:
                 raise
             time.sleep(POLL_SECONDS)
-    over = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(thing, number, over, lost), daemon=True)
+    owner = _Owner(thing, number, lost)
+    renewing = threading.Thread(target=owner.renew, daemon=True)
     renewing.start()
+    buckets.fences.append(owner.fence)
     try:
         yield
     finally:
-        over.set()
+        owner.over.set()
         renewing.join()
         with contextlib.suppress(OSError):  # it gets stale
             _write(thing, number, _RELEASED)
+        buckets.fences.remove(owner.fence)
 
 
 def _take(thing: pathlib.Path) -> int:
@@ -64,11 +67,11 @@ def _take(thing: pathlib.Path) -> int:
     if number and not _is_free(thing, number):
         raise HeldError
     number += 1
-    mine = _mine(secrets.token_hex(8))
+    mine = _mine()
     try:
         paths.create(_object(thing, number), mine)
     except FileExistsError:
-        if _read(thing, number) != mine:  # it is, where the store's answer was lost and it was asked again
+        if _read(thing, number) != mine:  # else it was made, and the answer lost
             raise HeldError from None
     numbers = _numbers(thing)
     if max(numbers) > number:  # the list was old: it had been taken, and released, since
@@ -95,17 +98,47 @@ def _is_free(thing: pathlib.Path, number: int) -> bool:
     return True
 
 
-def _renew(thing: pathlib.Path, number: int, over: threading.Event, lost: Callable[[str], object]) -> None:
-    count = 0
-    while not over.wait(RENEW_SECONDS):
-        count += 1
-        try:
-            if max(_numbers(thing), default=0) > number:
-                lost(f"{thing} was not renewed in time, and another process has taken over")
-                return
-            _write(thing, number, _mine(count))
-        except OSError:
-            continue  # the store may answer again before anybody takes over
+class _Owner:
+    """A process that owns `thing` under a number, as long as nobody has a higher one."""
+
+    def __init__(self, thing: pathlib.Path, number: int, lost: Callable[[str], object]) -> None:
+        self._thing, self._number, self._lost = thing, number, lost
+        self._telling, self._gone = threading.Lock(), False
+        self._renewed = _now()
+        self.over = threading.Event()
+
+    def renew(self) -> None:
+        """Renew it until it is let go of or lost."""
+        while not self.over.wait(RENEW_SECONDS):
+            since = _now()
+            try:
+                self.check()
+                _write(self._thing, self._number, _mine())
+                self._renewed = since
+            except OSError:
+                if self._gone:
+                    return
+                # the store may answer again before anybody takes over
+
+    def check(self) -> None:
+        """Raises BucketError where another process has taken over, or the store does not say."""
+        if not self._gone and max(_numbers(self._thing), default=0) <= self._number:
+            return
+        said = f"{self._thing} was not renewed in time, and another process has taken over"
+        with self._telling:
+            if not self._gone:
+                self._gone = True
+                self._lost(said)
+        raise buckets.BucketError(said)
+
+    def fence(self) -> Callable[[], None] | None:
+        """`check`, where it has not been renewed for so long that another process may have taken over."""
+        return self.check if _now() - self._renewed > STALE_SECONDS / 2 else None
+
+
+def _now() -> float:
+    """Seconds that go on while this process or its machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _numbers(thing: pathlib.Path) -> list[int]:
@@ -129,9 +162,9 @@ def _write(thing: pathlib.Path, number: int, text: str) -> None:
     _object(thing, number).write_text(text)
 
 
-def _mine(mark: int | str = 0) -> str:
-    """What this process writes; `mark` tells one writing from the others."""
-    return json.dumps({**_machine(), "pid": os.getpid(), "mark": mark})
+def _mine() -> str:
+    """What an owner writes: who it is, never the same twice."""
+    return json.dumps({**_machine(), "pid": os.getpid(), "mark": secrets.token_hex(8)})
 
 
 @functools.cache

@@ -14,14 +14,18 @@ import functools
 import glob
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 from dit_jax.buckets import SCHEMES
+from dit_jax.config import ConfigError
 
 Named = str | os.PathLike[str] | pathlib.Path
+UNSAFE = re.compile(r"[*?\[\]#\x00-\x1f]")
+"""What the libraries of the stores take for a pattern, a version or the end of a name."""
 
 
 def is_remote(path: Named) -> bool:
@@ -29,25 +33,47 @@ def is_remote(path: Named) -> bool:
     return str(path).startswith(SCHEMES)
 
 
-def to_path(name: Named) -> pathlib.Path:
+def to_path(name: Named, pattern: bool = False) -> pathlib.Path:
     """The path that `name` says: a pathlib.Path, or for a bucket what acts like one.
 
-    Raises ConfigError where it is in a bucket and the libraries for that are missing.
+    pattern: it may have *, ? and [] in it, for `matching`. Raises ConfigError for another store's name, one without
+    a bucket or that the stores' libraries would read otherwise, and where these are missing.
     """
     if not is_remote(name):
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(name)):
+            raise ConfigError(f"{str(name)[:400]} is in no store that is known; {_EXPECTED}")
         return pathlib.Path(name)
+    if not isinstance(name, str):  # it has been looked at
+        found: Any = name
+        return found
+    scheme, _, rest = name.partition("://")
+    parts = [part for part in rest.split("/") if part]  # "a//b" would be another object than "a/b"
+    if not parts or rest.startswith("/"):
+        raise ConfigError(f"{name[:400]} names no bucket; {_EXPECTED}")
+    if {".", ".."} & set(parts):
+        raise ConfigError(f"{name[:400]} has . or .. in it, which no bucket knows; {_EXPECTED}")
+    if not pattern and (unsafe := UNSAFE.search(rest)):
+        raise ConfigError(
+            f"{name[:400]!r} has {unsafe[0]!r} in it, which stands for something else in a bucket; {_EXPECTED}"
+        )
+    return _remote(f"{scheme}://{'/'.join(parts)}")
+
+
+_EXPECTED = "expected gs://BUCKET/NAME, s3://BUCKET/NAME or a path on a disk"
+
+
+def _remote(name: str) -> pathlib.Path:
     _registered()
     from upath import UPath
 
-    scheme, _, rest = str(name).partition("://")
-    parts = [part for part in rest.split("/") if part]  # "a//b" would be another object than "a/b"
-    found: Any = UPath(f"{scheme}://{'/'.join(parts)}")
+    found: Any = UPath(name)
     return found
 
 
-def from_user(name: Named) -> pathlib.Path:
-    """The path that a user has written, where ~ is the user's home."""
-    return to_path(name) if is_remote(name) else pathlib.Path(name).expanduser()
+def from_user(name: Named, pattern: bool = False) -> pathlib.Path:
+    """The path that a user has written, where ~ is the user's home; errors as of `to_path`."""
+    path = to_path(name, pattern)
+    return path if is_remote(path) else path.expanduser()
 
 
 def absolute(path: Named) -> str:
@@ -90,8 +116,6 @@ def _registered() -> None:
     try:
         import upath  # noqa: F401
     except ImportError:
-        from dit_jax.config import ConfigError
-
         raise ConfigError(
             f"paths in buckets need universal_pathlib, which is not installed; {buckets.HELP}"
         ) from None
@@ -118,8 +142,17 @@ def files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
             file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()
         }
     start = key_of(folder).rstrip("/") + "/"
-    names = (name.removeprefix(start) for name in file_system(folder).find(key_of(folder)))
+    names = (name[len(start) :] for name in _objects(folder) if name.startswith(start))
     return {name: folder / name for name in sorted(names) if name}
+
+
+def _objects(folder: pathlib.Path, **options: Any) -> dict[str, dict[str, Any]]:
+    """What a store says of the objects below a folder, by bucket/name; nothing where there is no such bucket."""
+    try:
+        found: dict[str, dict[str, Any]] = file_system(folder).find(key_of(folder), detail=True, **options)
+    except FileNotFoundError:
+        return {}
+    return found
 
 
 def names_in(folder: pathlib.Path) -> list[str]:
@@ -138,14 +171,14 @@ def matching(pattern: pathlib.Path) -> list[pathlib.Path]:
     """Files and folders whose path fits a pattern with *, ? or **, in order."""
     if is_remote(pattern):
         scheme = str(pattern).partition("://")[0]
-        return [to_path(f"{scheme}://{name}") for name in sorted(file_system(pattern).glob(key_of(pattern)))]
+        return [_remote(f"{scheme}://{name}") for name in sorted(file_system(pattern).glob(key_of(pattern)))]
     return sorted(map(pathlib.Path, glob.glob(os.fspath(pattern), recursive=True)))
 
 
 def sizes_in(folder: pathlib.Path) -> dict[str, int]:
     """Bytes of the files in a folder by their names; none where there is no such folder."""
     if is_remote(folder):
-        found = file_system(folder).find(key_of(folder), maxdepth=1, detail=True)
+        found = _objects(folder, maxdepth=1)
         return {name.rpartition("/")[2]: about["size"] for name, about in found.items()}
     if not os.path.isdir(folder):
         return {}
@@ -155,19 +188,17 @@ def sizes_in(folder: pathlib.Path) -> dict[str, int]:
 def sizes_below(folder: pathlib.Path) -> dict[str, int]:
     """Bytes of all files below a folder in a bucket, by their name relative to it."""
     start = key_of(folder).rstrip("/") + "/"
-    found = file_system(folder).find(key_of(folder), detail=True)
-    return {name.removeprefix(start): about["size"] for name, about in found.items()}
+    return {name.removeprefix(start): about["size"] for name, about in _objects(folder).items()}
 
 
 def checksums_below(folder: pathlib.Path) -> dict[str, str]:
     """What the store says of the files below a folder in a bucket, by name relative to it: size and checksum."""
     start = key_of(folder).rstrip("/") + "/"
-    found = file_system(folder).find(key_of(folder), detail=True)
     return {
         name.removeprefix(
             start
         ): f"{about['size']}:{about.get('crc32c') or about.get('ETag') or about.get('etag')}"
-        for name, about in sorted(found.items())
+        for name, about in sorted(_objects(folder).items())
     }
 
 
@@ -183,7 +214,7 @@ def move(path: pathlib.Path, to: pathlib.Path) -> None:
         return
     store = file_system(path)
     for name, file in (files_below(path) or {"": path}).items():
-        store.copy(key_of(file), key_of(to / name if name else to))
+        store.cp_file(key_of(file), key_of(to / name if name else to))
     remove(path)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 
+import bucket_server
 import pytest
 
 from dit_jax import buckets, leases, paths
@@ -23,14 +24,21 @@ def folder(store):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """Google's store is asked again at once, Amazon's fewer times."""
+    """Google's store is asked again at once, Amazon's fewer times; neither is waited for when it says nothing."""
     import asyncio
 
+    import aiohttp
+    import fsspec
     import gcsfs.retry
-    import s3fs.core
 
     monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=lambda _: asyncio.sleep(0)))
-    monkeypatch.setattr(s3fs.core.S3FileSystem, "retries", 1)
+    buckets.register()
+    monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "retries", 1)
+    amazon = fsspec.config.conf["s3"]
+    for google in (fsspec.config.conf[scheme] for scheme in ("gs", "gcs")):
+        assert google["requests_timeout"].sock_read == buckets.SILENCE_SECONDS
+        monkeypatch.setitem(google, "requests_timeout", aiohttp.ClientTimeout(sock_read=0.3))
+    monkeypatch.setitem(amazon, "config_kwargs", amazon["config_kwargs"] | {"read_timeout": 0.3})
 
 
 def test_a_path_on_a_disk_stays_one(tmp_path):
@@ -56,14 +64,16 @@ def test_a_bucket_does_what_a_folder_does(folder, tmp_path):
     with paths.local_file(folder / "c.bin") as here:
         assert isinstance(here, pathlib.Path) and here.read_bytes() == b"12345"
     paths.move(folder / "a", folder / "moved")
-    assert list(paths.files_below(folder)) == ["c.bin", "moved/b.txt"]
+    paths.move(folder / "c.bin", folder / "d.bin")
+    assert list(paths.files_below(folder)) == ["d.bin", "moved/b.txt"]
+    assert paths.files_below(folder / "d.bin") == {}
     paths.copy(folder / "moved" / "b.txt", tmp_path / "here.txt")
     assert (tmp_path / "here.txt").read_text() == "hello"
     paths.remove(folder)
     paths.remove(folder)
     assert paths.names_in(folder) == []
     with pytest.raises(TypeError):
-        os.stat(folder / "c.bin")  # never a folder of the disk named "gs:"
+        os.stat(folder / "d.bin")  # never a folder of the disk named "gs:"
 
 
 def test_a_folder_is_whole_when_its_last_file_is_there(folder, store):
@@ -105,14 +115,14 @@ def test_a_store_that_fails_for_a_while_is_asked_again(folder, store):
 
 
 def test_a_bucket_that_takes_nothing_is_refused_up_front(folder, store):
-    import bucket_server
-
     check_folder("--train.workdir", folder)
     check_file("--out", folder / "samples.png")
     assert paths.names_in(folder) == []
     with (
         store.failing(bucket_server.writes, status=403),
-        pytest.raises(ConfigError, match=r"--train.workdir is '.*one', where nothing can be written \(.*"),
+        pytest.raises(
+            ConfigError, match=r"--train.workdir is '.*one', where nothing can be written \(Forbidden\);"
+        ),
     ):
         check_folder("--train.workdir", folder)
     gone = str(folder).replace("bucket-", "no-bucket-")
@@ -120,14 +130,80 @@ def test_a_bucket_that_takes_nothing_is_refused_up_front(folder, store):
         ConfigError, match=r"--out is '.*one', where nothing can be written \(.*expected a folder of a"
     ):
         check_file("--out", f"{gone}/samples.png")
+    assert paths.files_below(paths.to_path(gone)) == paths.sizes_in(paths.to_path(gone)) == {}
 
 
-def test_what_a_store_does_not_get_over_is_one_sentence(folder, store, impatient):
+def test_what_a_store_does_not_get_over_is_one_sentence(folder, store, impatient, tmp_path):
     with (
         store.failing(status=503),
         pytest.raises(buckets.BucketError, match=r"the store refuses or does not answer"),
     ):
         (folder / "file").read_text()
+    write_whole(folder / "file", "text")
+    contents = {"gs": "alt=media", "s3": "one/file"}[store.scheme]
+    for fault in ({"status": 503}, {"cut": True}):
+        cut = store.failing(lambda method, path: method == "GET" and contents in path, **fault)
+        with cut, pytest.raises(buckets.BucketError, match=r"^[gs3]+://.*file: the store refuses"):
+            paths.copy(folder / "file", tmp_path / "here")
+
+
+def test_a_store_that_says_nothing_is_not_waited_for(folder, store, impatient):
+    folder = paths.to_path(str(folder))  # one that has heard of `impatient`
+    write_whole(folder / "file", "text")
+    for do in (lambda: paths.read_bytes(folder / "file"), lambda: write_whole(folder / "file", "new")):
+        with store.failing(seconds=20) as fault, pytest.raises(buckets.BucketError, match=r"[Tt]imeout on"):
+            do()
+        assert fault.seen >= 1
+    assert buckets.kvstore("gs://b/c")["gcs_request_retries"] == {"max_retries": buckets.ARRAY_RETRIES}
+    assert int(os.environ["TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"]) == buckets.SILENCE_SECONDS
+
+
+@pytest.mark.parametrize("status", [429, 507])
+def test_a_full_quota_is_one_sentence(folder, store, impatient, status):
+    with (
+        store.failing(bucket_server.writes, status=status),
+        pytest.raises(buckets.BucketError, match=r"the store refuses or does not answer \(.*\)$"),
+    ):
+        write_whole(folder / "file", "text")
+    assert paths.names_in(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("az://x/y", "az://x/y is in no store that is known; expected gs://BUCKET/NAME, s3://BUCKET/NAME or a path"),
+        ("GS://x/y", "GS://x/y is in no store that is known"),
+        ("gs://", "gs:// names no bucket"),
+        ("s3:///a", "s3:///a names no bucket"),
+        ("gs://b/../a", "gs://b/../a has . or .. in it"),
+        ("gs://b/run?1", r"'gs://b/run?1' has '?' in it, which stands for something else in a bucket"),
+        ("s3://b/run#1", "'s3://b/run#1' has '#' in it"),
+        ("gs://b/[run]\n", r"'gs://b/[run]\n' has '[' in it"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_of_no_bucket_is_refused(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (paths.to_path, paths.from_user, lambda name: check_folder("--out", name)):
+        with pytest.raises(ConfigError) as refused:
+            use(name)
+        assert str(refused.value).startswith(message)
+    with pytest.raises(ConfigError):
+        check_file("--out", f"{name}/x.png")
+    assert not list(tmp_path.iterdir())  # no folder named "az:"
+
+
+def test_names_may_have_most_letters(folder, store):
+    for name in ("a b", "a%20b", "a+b=c&d", "ü/e\u0301", "{0}'\"$", "x" * 255):
+        file = paths.to_path(f"{folder}/{name}")
+        check_file("--out", file)
+        write_whole(file, name)
+        assert paths.read_bytes(file).decode() == name and file.parent.joinpath(file.name) in paths.matching(
+            file.parent / "*"
+        )
+    with pytest.raises(
+        ConfigError, match=r"--out is 's3|gs.*, which is too long; expected a name of at most 255"
+    ):
+        check_file("--out", f"{folder}/{'x' * 256}")
 
 
 def test_a_path_is_handed_to_another_process(google):
@@ -162,6 +238,25 @@ def test_one_owner_at_a_time(folder, quick):
     with leases.leased(folder / "lock", lost.append):  # it was let go
         assert len(paths.names_in(folder)) == 1
     assert lost == []
+
+
+def test_an_owner_that_has_slept_writes_nothing(folder, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 3600.0)
+    lost, now = [], leases._now
+    with leases.leased(folder / "lock", lost.append):
+        write_whole(folder / "file", "mine")
+        monkeypatch.setattr(leases, "_now", lambda: now() + 60)
+        write_whole(folder / "file", "still mine")
+        paths.create(folder / "lock.2", "another's")
+        taken = pytest.raises(
+            buckets.BucketError, match=r"lock was not renewed in time, and another process has"
+        )
+        with taken:
+            write_whole(folder / "file", "late")
+        with taken:
+            paths.remove(folder / "file")
+    assert (folder / "file").read_text() == "still mine" and len(lost) == 1
+    write_whole(folder / "file", "of another kind")  # no lock any more
 
 
 def test_of_two_that_take_it_at_once_one_wins(folder, quick, monkeypatch):

@@ -95,7 +95,7 @@ def open_source(
 def _open(name: str, split: str, tfds_data_dir: str | None, caption_field: str | None) -> Source:
     """caption_field: None where captions are not asked for."""
     kind, _, rest = name.partition(":")
-    path = paths.from_user(rest)
+    path = paths.from_user(rest, pattern=True)
     if name in ("digits", "digits-text"):
         return _embedded(name, split)
     if kind == "folder" and rest:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dit_jax import paths
-from dit_jax.data import shard_cache
+from dit_jax.data import inspection, shard_cache
 from dit_jax.data.encode import prepare
 from dit_jax.data.folders import FolderSource
 from dit_jax.data.latents import LatentDataset
@@ -75,6 +75,7 @@ def test_a_dataset_in_a_bucket_is_that_of_a_disk(store, encoder, tmp_path, monke
         *(LatentDataset(folder).read(rows).values() for folder in (tmp_path / "set", out)), strict=True
     ):
         np.testing.assert_array_equal(mine, theirs)
+    inspection.check(LatentDataset(out))
     copied = (tmp_path / "cache").exists()
     assert copied == (store.scheme == "s3") == ("are copied to" in capsys.readouterr().err)
     with pytest.raises(DataError, match=r"holds a finished dataset with shard_size 16, but this run has 20"):
@@ -110,6 +111,8 @@ def test_pictures_with_captions_in_a_bucket(google, tmp_path):
         "a/1.txt": b"one",
         "b/2.png": png(20),
         "b/2.txt": b"two\ntoo",
+        "b/[3]*?#%20.png": png(40),
+        "b/[3]*?#%20.txt": b"three",
         "b/.3.png": png(30),
     }
     there = paths.to_path(f"{google.bucket()}/pictures")
@@ -119,8 +122,9 @@ def test_pictures_with_captions_in_a_bucket(google, tmp_path):
         (tmp_path / "pictures" / name).write_bytes(data)
     mine, theirs = FolderSource(tmp_path / "pictures", ""), FolderSource(there, "")
     assert mine.fingerprint() == theirs.fingerprint() and theirs.label_names == ("a", "b")
-    assert theirs.files == ["a/1.png", "b/2.png"] and theirs.captions(1) == ["two", "too"]
-    assert theirs.read(1)[0].getpixel((0, 0)) == (20, 20, 20)
+    assert theirs.files == ["a/1.png", "b/2.png", "b/[3]*?#%20.png"]
+    assert theirs.captions(1) == ["two", "too"] and theirs.captions(2) == ["three"]
+    assert [theirs.read(i)[0].getpixel((0, 0))[0] for i in range(3)] == [10, 20, 40]
     (there / "metadata.jsonl").write_text('{"file_name": "a/1.png", "text": "of a table"}\n')
     assert FolderSource(there, "").captions(0) == ("of a table",)
     with pytest.raises(DataError, match=r"folder:gs://.*/nothing is not a folder"):

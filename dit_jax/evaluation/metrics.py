@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_jax import paths
+from dit_jax import leases, paths
 from dit_jax.config import ConfigError
 from dit_jax.evaluation.features import FeatureExtractor, Features
 from dit_jax.evaluation.frechet import frechet_of
@@ -183,14 +183,16 @@ def append_evaluation(workdir: pathlib.Path, evaluation: Evaluation) -> None:
 def append_line(file: pathlib.Path, line: str) -> None:
     """Add a line to a file of results; a warning where it cannot be written.
 
-    A bucket knows no end of an object: there it is written anew, and of two commands at once one's line is lost.
+    A bucket knows no end of an object: there it is written anew, by one command at a time.
     """
     try:
         if not paths.is_remote(file):
             with file.open("a") as opened:
                 opened.write(line + "\n")
             return
-        before = paths.read_bytes(file).decode() if paths.is_file(file) else ""
-        write_whole(file, before + line + "\n")
+        # Who slept while it held the file, and lost it, is told so when it writes.
+        with leases.leased(file.with_name(f".{file.name}.lock"), lambda _: None, wait=True):
+            before = paths.read_bytes(file).decode() if paths.is_file(file) else ""
+            write_whole(file, before + line + "\n")
     except OSError as error:
         say(f"warning: {file} cannot be written ({error.strerror or error}); the result is not in it")

@@ -5,6 +5,7 @@ Pictures are never gathered: every process makes features of its own, and keeps 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -17,7 +18,7 @@ import numpy as np
 
 from dit_jax import paths
 from dit_jax.config import ConfigError
-from dit_jax.data.metadata import LatentMetadata
+from dit_jax.data.metadata import METADATA_FILE, LatentMetadata, load_metadata
 from dit_jax.evaluation.features import FeatureExtractor, Features
 from dit_jax.evaluation.metrics import FILE as FILE
 from dit_jax.evaluation.metrics import Evaluation, append_evaluation, evaluate
@@ -79,9 +80,11 @@ def open_ruler(
     features: FeatureName | None = None,
     inception: str | None = None,
     convention: Literal["adm", "pytorch-fid"] = "adm",
+    vae: str | None = None,
 ) -> Ruler:
     """The ruler for samples of a run; all processes call this. None: a run on the digits is compared with these.
 
+    vae: where the run's autoencoder lies, if it has moved; it is that of a prepared reference too if it made it.
     Raises ConfigError, naming `option`, where there is no reference, and for weights and pictures that do not fit.
     """
     if not reference:
@@ -95,8 +98,19 @@ def open_ruler(
     extractor = choose_extractor(features, inception, convention, compares_with_digits(reference))
     extractor.check("the run", (0, side, side, 3))
     found: list[Reference] = []
-    on_lead(lambda: found.append(load_reference(name, extractor, side, split)))
+
+    def load() -> None:
+        moved = vae if _made_by(name, metadata.vae_hash) else None
+        found.append(load_reference(name, extractor, side, split, moved))
+
+    on_lead(load)
     return Ruler(extractor, found[0] if found else None)
+
+
+def _made_by(reference: str, vae_hash: str) -> bool:
+    """Whether a reference is a prepared dataset of this autoencoder."""
+    folder = paths.from_user(reference)
+    return paths.is_file(folder / METADATA_FILE) and load_metadata(folder).vae_hash == vae_hash
 
 
 def features_of_parts(parts: Parts) -> Features:
@@ -132,6 +146,7 @@ def main(args: ScoreArgs) -> list[Evaluation]:
         args.features,
         args.inception,
         args.convention,
+        args.vae,
     )
 
     asked = asked.embedded(model.condition)
@@ -152,8 +167,17 @@ def main(args: ScoreArgs) -> list[Evaluation]:
     if jax.process_index() == 0:
         if len(results) > 1:
             plot_guidance(plot, [options.cfg_scale for options in every], results)
-        paths.remove(run.workdir / FOLDER)
+        _drop_parts(run.workdir, args.cfg_scale)
     return results
+
+
+def _drop_parts(workdir: pathlib.Path, scales: Sequence[float]) -> None:
+    """Take away what these scales have left; another command may be at work on others."""
+    for scale in scales:
+        paths.remove(workdir / FOLDER / f"{scale:g}")
+    if not paths.is_remote(workdir):
+        with contextlib.suppress(OSError):  # not empty
+            (workdir / FOLDER).rmdir()
 
 
 def _scales(given: Sequence[float]) -> list[float]:

@@ -1,11 +1,12 @@
 """evaluate.py with gs:// and s3://: samples, references and results."""
 
 import json
+from concurrent import futures
 
 import numpy as np
 import pytest
 
-from dit_jax import paths
+from dit_jax import leases, paths
 from dit_jax.commands import evaluate as command
 from dit_jax.config import ConfigError
 from dit_jax.data.digits import load_digits
@@ -63,6 +64,19 @@ def test_what_is_not_in_the_bucket_or_is_refused_is_one_sentence(google, capsys)
     with google.failing(status=403):
         append_line(paths.to_path(f"{folder}/evaluations.jsonl"), "{}")
     assert "evaluations.jsonl cannot be written (" in capsys.readouterr().err
+
+
+def test_of_two_commands_at_once_none_loses_its_line(store, monkeypatch):
+    monkeypatch.setattr(leases, "POLL_SECONDS", 0.05)
+    file = paths.to_path(f"{store.bucket()}/run/evaluations.jsonl")
+    write_whole(file, "before\n")
+    slow = store.failing(
+        lambda method, path: method != "GET" and "evaluations.jsonl" in path and ".lock" not in path,
+        seconds=0.5,
+    )
+    with slow, futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda line: append_line(file, line), "ab"))
+    assert sorted(file.read_text().splitlines()) == ["a", "b", "before"]
 
 
 def test_a_benchmarks_layout_in_a_bucket(google):

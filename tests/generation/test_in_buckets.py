@@ -1,6 +1,8 @@
 """sample.py with gs:// and s3://: the files and parts that it leaves are those that it leaves on a disk."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,11 +10,14 @@ import pytest
 from dit_jax import leases, paths, signals
 from dit_jax.commands import sample as sample_command
 from dit_jax.config import ConfigError
-from dit_jax.generation import command
+from dit_jax.generation import command, scoring
 from dit_jax.generation.command import SampleArgs
 from dit_jax.generation.editing import read_picture, strip_of
 from dit_jax.generation.parts import Parts, parts_of
+from dit_jax.generation.scoring import ScoreArgs
+from dit_jax.interop.weights import Reading
 from dit_jax.pictures import save_grid
+from dit_jax.runs.convert import convert
 from dit_jax.text.prompt_sets import read_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -63,6 +68,20 @@ def test_samples_go_on_in_a_bucket_and_are_those_of_a_disk(kind, request, tiny_r
     for name in here:
         np.testing.assert_array_equal(there[name], here[name])
     assert paths.to_path(grid).read_bytes() == (tmp_path / "s.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["google", "amazon"])
+def test_a_run_in_a_bucket_is_measured_as_on_a_disk(kind, request, tiny_run, tmp_path):
+    folder = paths.to_path(f"{request.getfixturevalue(kind).bucket()}/run")
+    run = shutil.copytree(tiny_run, tmp_path / "run")  # results are written there
+    convert(str(run), str(folder), "run", Reading())
+    here, there = (
+        scoring.main(ScoreArgs(workdir=str(place), **FEW | {"cfg_scale": [1.5]}))[0]
+        for place in (run, folder)
+    )
+    assert there.metrics == here.metrics
+    (line,) = paths.read_bytes(folder / scoring.FILE).splitlines()
+    assert json.loads(line)["metrics"] == here.metrics and scoring.FOLDER not in paths.names_in(folder)
 
 
 def test_one_command_at_a_time_fills_the_parts(google, monkeypatch):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dit_jax.commands import evaluate
 from dit_jax.config import ConfigError
+from dit_jax.data.metadata import load_metadata
 from dit_jax.evaluation.report import evaluate_file
 from dit_jax.generation import command, scoring
 from dit_jax.generation.command import SampleArgs
@@ -65,6 +66,22 @@ def test_metrics_are_those_of_the_same_pictures_in_a_file(run, tmp_path):
     lines = (run / scoring.FILE).read_text().splitlines()
     assert [json.loads(line)["seed"] for line in lines] == [2, 2]  # the file's, the run's
     assert not (run / scoring.FOLDER).exists()
+
+
+def test_an_autoencoder_that_has_moved_is_also_that_of_a_reference_it_made(latents, monkeypatch):
+    seen = []
+    monkeypatch.setattr(scoring, "load_reference", lambda *args: seen.append(args[-1]))
+    metadata = dataclasses.replace(load_metadata(latents), image_size=32)
+    for of_run in (metadata, dataclasses.replace(metadata, vae_hash="0" * 64)):
+        scoring.open_ruler("--reference", str(latents), of_run, features="digits", vae="moved")
+    assert seen == ["moved", None]
+
+
+def test_what_another_command_draws_stays(tmp_path):
+    for scale in ("1.5", "2"):
+        (tmp_path / scoring.FOLDER / scale).mkdir(parents=True)
+    scoring._drop_parts(tmp_path, [1.5])
+    assert [path.name for path in (tmp_path / scoring.FOLDER).iterdir()] == ["2"]
 
 
 def test_scales_are_a_curve_and_a_killed_sweep_goes_on(run, monkeypatch):

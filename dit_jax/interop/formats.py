@@ -9,7 +9,7 @@ from typing import Literal
 from dit_jax import paths
 from dit_jax.config import ConfigError, MMDiTConfig
 from dit_jax.interop import bundle, diffusers, official, pipeline, sd3_pipeline
-from dit_jax.interop.tensor_files import SUFFIXES, read_safetensors, weight_files
+from dit_jax.interop.tensor_files import SUFFIXES, TensorFile, read_tensor_file, weight_files
 from dit_jax.interop.weights import Reading, Weights
 
 Kind = Literal["run", "pt", "diffusers", "folder"]
@@ -22,10 +22,17 @@ def is_run(place: str) -> bool:
     return paths.is_folder(paths.to_path(place) / "checkpoints")
 
 
-def read_weights(place: str, reading: Reading, option: str) -> Weights:
+def open_file(place: str) -> TensorFile | None:
+    """The file of tensors that a place names, None where it names none; errors as of `read_tensor_file`."""
+    path = paths.from_user(place)
+    return read_tensor_file(path) if path.suffix in SUFFIXES and paths.is_file(path) else None
+
+
+def read_weights(place: str, reading: Reading, option: str, opened: TensorFile | None = None) -> Weights:
     """Other people's weights, or a folder of ours, from a place that `option` names: a file, a folder or a hub id.
 
-    Raises ConfigError where there is none, or it is damaged, unsafe or of another network.
+    opened: the file, where it has been read. Raises ConfigError where there is none, or it is damaged, unsafe or of
+    another network.
     """
     path = paths.from_user(place)
     if paths.is_file(path):
@@ -33,7 +40,7 @@ def read_weights(place: str, reading: Reading, option: str) -> Weights:
             raise ConfigError(
                 f"{option} is {place}; expected a file that ends with {', '.join(SUFFIXES)}, or a folder"
             )
-        return _read_file(path, reading)
+        return _read_file(path, opened or read_tensor_file(path), reading)
     named = [f"--{name}" for name in ("config", "process") if getattr(reading, name) is not None]
     if reading.which == "params":
         named.append("--weights params")
@@ -53,13 +60,13 @@ def read_weights(place: str, reading: Reading, option: str) -> Weights:
     )
 
 
-def _read_file(path: pathlib.Path, reading: Reading) -> Weights:
+def _read_file(path: pathlib.Path, opened: TensorFile, reading: Reading) -> Weights:
     """The weights of a published file: of Stable Diffusion 3, or of a DiT or SiT."""
-    if path.suffix == ".safetensors" and sd3_pipeline.holds_sd3(tensors := read_safetensors(path)):
+    if path.suffix == ".safetensors" and sd3_pipeline.holds_sd3(tensors := dict(opened.sets[""])):
         if reading.config is not None or reading.process is not None:
             raise ConfigError(f"--config or --process is given with {path}, which has neither; expected none")
         return sd3_pipeline.read_single_file(path, tensors, reading)
-    return official.read_published(path, reading)
+    return official.read_published(path, opened, reading)
 
 
 def _write_pipeline(folder: pathlib.Path, weights: Weights) -> str:

@@ -10,11 +10,10 @@ import pathlib
 import re
 from typing import Any
 
-from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.interop import diffusers, keymap
 from dit_jax.interop.keymap import CONV, Layout, Rule
-from dit_jax.interop.tensor_files import SUFFIXES, TensorFile, Tensors, read_tensor_file
+from dit_jax.interop.tensor_files import TensorFile, Tensors
 from dit_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 
 PREFIXES = ("", "first_stage_model.")
@@ -63,12 +62,9 @@ def _norm(pattern: str, name: str) -> tuple[Rule, Rule]:
     return Rule(f"{pattern}/scale", f"{name}.weight"), Rule(f"{pattern}/bias", f"{name}.bias")
 
 
-def open_autoencoder(file: pathlib.Path) -> TensorFile | None:
-    """A file that holds such an autoencoder, None for anything else; errors as of `read_tensor_file`."""
-    if file.suffix not in SUFFIXES or not paths.is_file(file):
-        return None
-    found = read_tensor_file(file)
-    return found if any(prefix + SIGN in found.sets.get("", ()) for prefix in PREFIXES) else None
+def holds_autoencoder(found: TensorFile) -> bool:
+    """Whether a file is of such an autoencoder."""
+    return any(prefix + SIGN in found.sets.get("", ()) for prefix in PREFIXES)
 
 
 def convert_autoencoder(

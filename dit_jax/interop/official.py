@@ -22,7 +22,7 @@ from dit_jax.config import Config, ConfigError, FlowMatchingConfig, GaussianConf
 from dit_jax.interop import keymap
 from dit_jax.interop.imagenet import class_names
 from dit_jax.interop.keymap import Constant, MismatchError, Rule, layer, linear, patches
-from dit_jax.interop.tensor_files import Tensors, read_tensor_file, write_pickled
+from dit_jax.interop.tensor_files import TensorFile, Tensors, write_pickled
 from dit_jax.interop.weights import SD_AUTOENCODER, Reading, Weights, latents_of, name_of, sized
 from dit_jax.models.create import build_model
 from dit_jax.models.dit import DiT
@@ -96,7 +96,7 @@ PROJECTION, TABLE, LAST = (
 )
 
 
-def read_published(file: paths.Named, reading: Reading) -> Weights:
+def read_published(file: paths.Named, found: TensorFile, reading: Reading) -> Weights:
     """The weights of a published DiT or SiT, bare or as training leaves them: {model, ema, opt, args}.
 
     Sizes are those of the tensors, heads those of the table of sizes. Raises ConfigError, naming the file, where it
@@ -106,7 +106,6 @@ def read_published(file: paths.Named, reading: Reading) -> Weights:
         raise ConfigError(
             f"--process is {reading.process} with --config, which has a process; expected one of them"
         )
-    found = read_tensor_file(file)
     name = {"ema": "ema", "params": "model", None: "ema"}[reading.which] if "" not in found.sets else ""
     if name not in found.sets or (name == "" and reading.which == "params"):
         kinds = ", ".join(key or "one set of weights" for key in found.sets)

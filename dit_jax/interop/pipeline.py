@@ -25,7 +25,7 @@ from dit_jax.config.saved import shown
 from dit_jax.files import write_whole
 from dit_jax.interop import diffusers, keymap
 from dit_jax.interop.keymap import LINEAR, Rule, layer, linear, patches
-from dit_jax.interop.tensor_files import write_safetensors
+from dit_jax.interop.tensor_files import weight_files, write_safetensors
 from dit_jax.interop.weights import Latents, Reading, Weights, latents_of, shapes_of, sized
 from dit_jax.models.autoencoder_kl import AutoencoderKLConfig
 
@@ -81,14 +81,19 @@ def read_pipeline(place: str, folder: pathlib.Path, reading: Reading) -> Weights
     names = index.get("id2label") or {}
     diffusion = _process(read_json(folder / SCHEDULER), str(folder / SCHEDULER))
     config = _config(read_json(file), diffusion, str(file))
-    weights = diffusers.weights_file(folder / TRANSFORMER)
-    if weights is None:
-        raise ConfigError(f"{file.parent} has no {diffusers.WEIGHTS_FILE}; expected the weights in one file")
+    files = weight_files(file.parent, diffusers.WEIGHTS_FILE)
+    if not files and (weights := diffusers.weights_file(file.parent)) is not None:
+        files = [weights]
+    if not files:
+        raise ConfigError(
+            f"{file.parent} has no {diffusers.WEIGHTS_FILE}, nor an index of it; expected the weights"
+        )
     m = config.model
     assert m.patch_size and m.depth
     try:
-        tensors = diffusers.read_weights(weights)
-        params = keymap.to_flax(tensors, shapes_of(config), rules(m.patch_size, m.depth), str(weights))
+        tensors = {name: tensor for part in files for name, tensor in diffusers.read_weights(part).items()}
+        where = str(files[0] if len(files) == 1 else file.parent)
+        params = keymap.to_flax(tensors, shapes_of(config), rules(m.patch_size, m.depth), where)
     except keymap.MismatchError as error:
         raise ConfigError(str(error)) from None
     config, params = _without_padding(config, params, len(names))

@@ -22,8 +22,8 @@ from dit_jax.files import check_folder, whole_folder, write_whole
 from dit_jax.interop import keymap
 from dit_jax.interop.bundle import CONFIG
 from dit_jax.interop.diffusers import CONFIG_FILE, weights_hash
-from dit_jax.interop.formats import WRITERS, Kind, Writer, is_run, read_weights
-from dit_jax.interop.ldm import convert_autoencoder, open_autoencoder
+from dit_jax.interop.formats import WRITERS, Kind, Writer, is_run, open_file, read_weights
+from dit_jax.interop.ldm import convert_autoencoder, holds_autoencoder
 from dit_jax.interop.lora import write_lora
 from dit_jax.interop.pipeline import INDEX
 from dit_jax.interop.weights import Latents, Reading, Weights, name_of, shapes_of
@@ -60,11 +60,12 @@ def convert(
         raise ConfigError(f"OUT is {out}, which exists; expected a new name")
     if not target.name:
         raise ConfigError(f"OUT is {out!r}, which names no file or folder; expected one")
-    if (autoencoder := open_autoencoder(paths.from_user(source))) is not None:
+    opened = open_file(source)
+    if opened is not None and holds_autoencoder(opened):
         if to not in (None, "diffusers"):
             raise ConfigError(f"--to is {to}, but {source} is an autoencoder; expected diffusers")
         with _written(out, target), whole_folder(target, last=CONFIG_FILE) as beside:
-            vae = convert_autoencoder(paths.from_user(source), autoencoder, beside, scaling_factor)
+            vae = convert_autoencoder(paths.from_user(source), opened, beside, scaling_factor)
         return f"{out} (diffusers): an autoencoder of {vae.latent_channels} channels, scaling {vae.scaling_factor:g}"
     if scaling_factor is not None:
         raise ConfigError(f"--scaling-factor is {scaling_factor}; expected only with an autoencoder's file")
@@ -72,7 +73,7 @@ def convert(
         with _written(out, target):
             return f"{out} (lora): {_write_lora(source, target, reading)}"
     kind = to or ("pt" if target.suffix in (".pt", ".pth") else "folder" if is_run(source) else "run")
-    weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN")
+    weights = read_run(source, reading) if is_run(source) else read_weights(source, reading, "IN", opened)
     theirs, ours = CONVENTIONS.get(kind), weights.config.model.convention
     if theirs not in (None, ours) and isinstance(weights.config.model, DiTConfig):
         say(

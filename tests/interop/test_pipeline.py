@@ -258,6 +258,19 @@ def test_another_architecture_is_named(pipeline_folder, tmp_path, file, changes,
     assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
 
 
+def test_weights_in_several_files_are_those_of_one(pipeline_folder, weights, tmp_path):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "copy")
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    file.unlink()
+    where = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    for part in set(where.values()):
+        of_it = {name: tensor for name, tensor in tensors.items() if where[name] == part}
+        safetensors.numpy.save_file(of_it, file.with_name(part))
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps({"weight_map": where}))
+    jax.tree.map(np.testing.assert_array_equal, read(folder).params, weights.params)
+
+
 def test_damaged_weights_are_named(pipeline_folder, tmp_path):
     folder = shutil.copytree(pipeline_folder, tmp_path / "copy")
     file = folder / "transformer/diffusion_pytorch_model.safetensors"

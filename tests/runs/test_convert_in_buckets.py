@@ -54,7 +54,11 @@ def test_every_format_in_a_bucket_to_the_bit(kind, request, peers, weights, conf
     folder = f"{store.bucket()}/w"
     write_run(tmp_path / "run", weights)
     convert(str(tmp_path / "run"), f"{folder}/x.pt", None, Reading())
+    store.requests.clear()
     said = convert(f"{folder}/x.pt", f"{folder}/run", None, Reading(config=config, vae="digits"))
+    contents = "alt=media" if kind == "google" else "x.pt"
+    reads = [path for method, path in store.requests if method == "GET" and "x.pt" in path.partition("&")[0]]
+    assert len([path for path in reads if contents in path and "list-type" not in path]) == 1
     assert said.startswith(f"{folder}/run (run): ")
     same_bits(read_run(f"{folder}/run", Reading()).params, weights.params)
     for to, source in (("diffusers", "run"), ("folder", "diffusers")):

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 
 from dit_jax import processes
+from dit_jax.buckets import BucketError
 from dit_jax.compiler import keep_compiled_programs
 from dit_jax.config import ConfigError, parse_args
 from dit_jax.training import launch
@@ -39,6 +40,8 @@ def main(program: str, args: Sequence[str]) -> int:
         return processes.end(launch.EXIT_BAD_OPTION, f"{program}: {error}")
     except launch.TrainingDivergedError as error:
         return processes.end(launch.EXIT_DIVERGED, f"{program}: {error}")
+    except BucketError as error:
+        return processes.end(launch.EXIT_FAILED, f"{program}: {error}")
     except Exception as error:
         processes.outlive(error)
         return processes.end(launch.EXIT_FAILED, traceback.format_exc())

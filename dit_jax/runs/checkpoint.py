@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_pol
 from dit_jax import paths
 from dit_jax.config import ConfigError
 from dit_jax.processes import on_lead
-from dit_jax.runs.saving import Saver
+from dit_jax.runs.saving import Saver, told_of_store
 from dit_jax.runs.state import TrainState
 
 CHECKSUMS = "checksums.json"
@@ -144,7 +144,8 @@ class Checkpoints:
         return TrainState(params=found["params"], ema=found["ema"], **found["rest"])
 
     def _read(self, step: int, **items: Any) -> Any:
-        return self._saver.manager.restore(step, args=ocp.args.Composite(**items))
+        with told_of_store(self.directory):
+            return self._saver.manager.restore(step, args=ocp.args.Composite(**items))
 
     # -------------------------------------------------------------------------------------- integrity
 

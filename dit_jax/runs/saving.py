@@ -7,9 +7,11 @@ import functools
 import itertools
 import logging
 import pathlib
+import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,23 +29,45 @@ for _name in ("absl", "asyncio"):
 
 def orbax_path(path: pathlib.Path) -> epath.Path:
     """A path as Orbax takes it."""
-    if str(path).startswith("s3://"):
-        _let_orbax_use_s3()
+    if paths.is_remote(path):
+        _let_orbax_use_buckets()
     return epath.Path(paths.absolute(path))
 
 
 @functools.cache
-def _let_orbax_use_s3() -> None:
+def _let_orbax_use_buckets() -> None:
     """Orbax knows Google's buckets as such, and takes Amazon's for folders. TensorStore, which does the work, knows
-    both: what Orbax does for the ones is right for the others."""
+    both: what Orbax does for the ones is right for the others. It gives up in minutes, not in half an hour."""
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    normalize, kvstore = tensorstore_utils._normalize_path, gcs_utils.get_kvstore_for_gcs
+    normalize = tensorstore_utils._normalize_path
     gcs_utils._GCS_PATH_PREFIX = buckets.SCHEMES
-    gcs_utils.get_kvstore_for_gcs = lambda path: buckets.kvstore(path) if path[:2] == "s3" else kvstore(path)
+    gcs_utils.get_kvstore_for_gcs = buckets.kvstore
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(buckets.SCHEMES)
     tensorstore_utils._normalize_path = lambda path: normalize(path).replace("s3:/", "s3://")
+
+
+@contextlib.contextmanager
+def told_of_store(folder: pathlib.Path) -> Iterator[None]:
+    """What TensorStore says of a store that fails, a ValueError of several lines, as a BucketError in a sentence."""
+    try:
+        yield
+    except ValueError as error:
+        if not paths.is_remote(folder) or not re.match(r"[A-Z_]{5,}: ", str(error)):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise buckets.BucketError(f"{folder}: the store refuses or does not answer ({said})") from None
+
+
+@functools.cache
+def _keep_time() -> None:
+    """Orbax takes a save that has lasted 20 minutes for one that hangs, by the wall clock: one that is set ahead
+    would cost the checkpoint that is being written."""
+    from orbax.checkpoint._src.futures import future, signaling_client
+
+    steady: Any = types.SimpleNamespace(**vars(time) | {"time": time.monotonic})
+    future.time = signaling_client.time = steady
 
 
 class Saver:
@@ -61,6 +85,7 @@ class Saver:
         before_commit: Callable[[], None] | None = None,
     ) -> None:
         """`policy` says what is kept (None: all); `before_commit` runs on process 0 when all files are written."""
+        _keep_time()
         self.directory = directory.absolute()
         self._names = tuple(item_names)
         self._meeting = Meeting() if jax.process_count() > 1 else None

@@ -21,7 +21,7 @@ from dit_jax.models.create import build_model, init_params
 from dit_jax.models.lora import LORA, merged
 from dit_jax.runs.averages import num_averages
 from dit_jax.runs.checkpoint import CHECKSUMS, CheckpointError, file_checksums, say, shared_damage
-from dit_jax.runs.saving import orbax_path
+from dit_jax.runs.saving import orbax_path, told_of_store
 from dit_jax.runs.workdir import read_metadata
 
 Kind = Literal["ema", "params"]
@@ -55,16 +55,18 @@ def load_weights(
     while True:
         chosen = _choose_step(directory, step, option)
         try:
-            found = _read(directory, chosen, like, config, kind)
+            with told_of_store(directory):
+                found = _read(directory, chosen, like, config, kind)
             if merge and config.lora.rank:
                 found = jax.jit(merged, static_argnums=1)(found, config.lora)
             return found, chosen
         except Exception as error:
-            if chosen in checkpoint_steps(directory) or jax.process_count() > 1:
+            there = checkpoint_steps(directory)
+            if jax.process_count() > 1 or (chosen in there and (step is not None or chosen == there[-1])):
                 raise
             if step is not None:
                 raise CheckpointError(f"checkpoint of step {step} was deleted while it was read") from error
-            # The run goes on, and has deleted this one: there is a newer one.
+            # The run goes on, and has deleted this one, or is about to: there is a newer one.
 
 
 def _choose_step(directory: pathlib.Path, step: int | None, option: str) -> int:
@@ -90,7 +92,12 @@ def _read(directory: pathlib.Path, step: int, like: Any, config: Config, kind: K
     nothing = jax.tree.map(lambda _: ocp.PLACEHOLDER, like)
     wanted = like if kind == "params" else (like, *[nothing] * others)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = reader.metadata(folder / kind).item_metadata.tree
+        described = reader.metadata(folder / kind).item_metadata
+        if described is None:  # Orbax keeps the reason to itself
+            raise CheckpointError(
+                f"checkpoint of step {step} in {directory} cannot be read: what describes its arrays is not to be had"
+            )
+        stored = described.tree
         if kind == "ema" and len(stored) != others + 1:
             raise CheckpointError(
                 f"checkpoint of step {step} in {directory} holds {len(stored)} averages; {directory.parent}"

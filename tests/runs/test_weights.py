@@ -102,14 +102,16 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(trained, tmp_path, monkey
     find_damage = checkpoint.find_damage
 
     def delete(folder, item=""):
-        shutil.rmtree(tmp_path / "checkpoints" / "1", ignore_errors=True)
+        shutil.rmtree(tmp_path / "checkpoints" / "1" / gone[-1], ignore_errors=True)
         if not (tmp_path / "checkpoints" / "2").is_dir():
             save_weights(tmp_path / "checkpoints", 2, state.params)
         return find_damage(folder, item)
 
     monkeypatch.setattr(checkpoint, "find_damage", delete)
     one = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_more=()))
-    for step in (None, 1):
+    gone = []
+    for step, part in ((None, ""), (None, "ema"), (1, "")):  # all of it, or a part so far
+        gone.append(part)
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         save_weights(tmp_path / "checkpoints", 1, state.params)
         if step is None:

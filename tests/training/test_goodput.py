@@ -127,10 +127,7 @@ def test_a_note_that_cannot_be_read_is_none(tmp_path, text):
 def test_a_run_says_its_goodput_and_does_not_mind_clocks_that_jump(
     tiny, latents, tmp_path, monkeypatch, capsys
 ):
-    """Back by a minute at each look, and on by a day between two starts.
-
-    Ahead in the middle of a save Orbax's time for it would be over, and the run would do without that checkpoint.
-    """
+    """By two hours, back and on in turn, at each look, and on by days between two starts: saves are not given up."""
 
     def run(steps, name="run"):
         options = {"workdir": str(tmp_path / name), "steps": steps, "log_every": 1}
@@ -141,9 +138,9 @@ def test_a_run_says_its_goodput_and_does_not_mind_clocks_that_jump(
 
     whole = run(4, "whole")
     real, looks, began = time.time, itertools.count(), time.monotonic()
-    monkeypatch.setattr(time, "time", lambda: real() - 60 * next(looks))
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * (-1) ** next(looks))
     run(2)
-    monkeypatch.setattr(time, "time", lambda: real() + 86400)
+    monkeypatch.setattr(time, "time", lambda: real() + 2 * 86400)
     parts = run(4)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), parts, whole)
     assert [line["loss"] for line in log("run")] == [line["loss"] for line in log("whole")]
@@ -157,4 +154,7 @@ def test_a_run_says_its_goodput_and_does_not_mind_clocks_that_jump(
         assert line["goodput"] + sum(shares) == pytest.approx(1)
     totals = [line["time_total"] for line in log("run")]
     assert totals == sorted(totals)
-    assert capsys.readouterr().err.count("goodput ") == 3
+    said = capsys.readouterr().err
+    assert (
+        said.count("goodput ") == 3 and "could not be written" not in said and "going on from step 2" in said
+    )

@@ -5,7 +5,7 @@
 #       --data.dir /data/imagenet256 --train.workdir /data/runs/xl2
 #
 # Slurm tells the processes of each other. Three minutes before the time limit the run saves and stops (exit code
-# 75), and the job queues itself again. Arguments are train.py's. First, once: make ACCEL=cuda12 test
+# 75), and the job queues itself again, as it does where a process is killed. Arguments are train.py's. First, once: make ACCEL=cuda12 test
 #SBATCH --job-name=dit
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -30,7 +30,8 @@ cpus=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}
 # A process that has saved and stopped must not end the others, which may still be writing.
 status=0
 srun ${cpus:+"$cpus"} --kill-on-bad-exit=0 --wait=300 "$PYTHON" train.py "$@" || status=$?
-if [[ $status -eq 75 ]]; then
+# 137: a process was killed (a preempted node, say); one that is killed at every start must not go on for ever.
+if [[ $status -eq 75 || ( $status -eq 137 && ${SLURM_RESTART_COUNT:-0} -lt 100 ) ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

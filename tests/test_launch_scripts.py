@@ -123,11 +123,20 @@ def test_xpk_hands_the_command_over(tmp_path):
     assert stopped.returncode == EXIT_STOPPED
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (3, False)])
-def test_slurm_goes_on_after_a_stop_alone(tmp_path, code, requeued):
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (75, 0, True), (3, 0, False), (137, 0, True), (75, 100, True), (137, 100, False)],
+)
+def test_slurm_goes_on_after_a_stop_or_a_kill_alone(tmp_path, code, restarts, requeued):
     put(tmp_path, "srun", f'printf "%q " "$@" >> "$CALLS"; exit {code}')
     put(tmp_path, "scontrol", 'echo "scontrol $*" >> "$CALLS"')
-    done = run("slurm_gpu.sh", tmp_path, SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="12")
+    done = run(
+        "slurm_gpu.sh",
+        tmp_path,
+        SLURM_JOB_ID="7",
+        SLURM_CPUS_PER_TASK="12",
+        SLURM_RESTART_COUNT=str(restarts),
+    )
     assert done.returncode == code, done.stderr
     calls = (tmp_path / "calls").read_text()
     assert ("scontrol requeue 7" in calls) == requeued

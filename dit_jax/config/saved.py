@@ -65,7 +65,9 @@ def from_json(text: str) -> Config:
             del where[1]  # which member of the union
         option = ".".join(where)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise ConfigError(f"unknown option {shown(option)}; see python train.py --help") from None
+            raise ConfigError(
+                f"unknown option {shown(option)}; expected one that train --help lists"
+            ) from None
         name = f"--{option.replace('_', '-')}" if option else "the config"
         raise ConfigError(f"{name} is {shown(first.get('input'))}; {first['msg'].lower()}") from None
 

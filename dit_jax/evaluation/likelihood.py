@@ -53,8 +53,11 @@ def report(
     bits = np.concatenate(list(_bits(config, metadata, folder, held_out, steps, batch_size, seed)))
     h, w, c = metadata.latent_shape
     error = bits.std(ddof=1) / math.sqrt(len(bits))
+    # Of one dataset's run it goes without saying.
+    which = " of the digits' test split" if data is None and config.data.mixture else ""
     return (
-        f"{bits.mean():.4f} bits per dimension of {len(bits)} latents ({h}x{w}x{c}), standard error {error:.4f},\n"
+        f"{bits.mean():.4f} bits per dimension of {len(bits)} latents{which} ({h}x{w}x{c}), standard error "
+        f"{error:.4f},\n"
         f"by the probability-flow ODE in {steps} steps of two evaluations, one probe for each latent's divergence"
     )
 

@@ -52,11 +52,16 @@ def test_of_a_run_on_the_digits_their_test_split_is_measured(folder, monkeypatch
     run, of_run = str(folder / "run"), likelihood.run_config
     assert 0.5 < bits_of(likelihood.report(run, None, 8, 20, batch_size=8)) < 20
 
-    def on_others(*args):
-        config = of_run(*args)
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, source=""))
+    def on_others(**data):
+        def config(*args):
+            found = of_run(*args)
+            return dataclasses.replace(found, data=dataclasses.replace(found.data, **data))
 
-    monkeypatch.setattr(likelihood, "run_config", on_others)
+        return config
+
+    monkeypatch.setattr(likelihood, "run_config", on_others(mixture=(("a", 1.0), ("b", 1.0))))
+    assert " 8 latents of the digits' test split (" in likelihood.report(run, None, 8, 20, batch_size=8)
+    monkeypatch.setattr(likelihood, "run_config", on_others(source=""))
     with pytest.raises(ConfigError, match=r"--data is missing and the run's --data.source is ''; expected"):
         likelihood.report(run, None, 8, 20)
 

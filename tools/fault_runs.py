@@ -167,6 +167,12 @@ def _lines(log: pathlib.Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+def ending(output: str) -> str:
+    """The end of what a process printed, without its progress bar."""
+    lines = re.split(r"[\r\n]+", output)
+    return " / ".join(line for line in lines if line and "%|" not in line)[-300:]
+
+
 def preload() -> None:
     """Let the processes find the imports done: they start sooner."""
     CONTEXT.set_forkserver_preload(["dit_jax.training.loop", "orbax.checkpoint", "grain", "tensorboardX"])
@@ -245,7 +251,7 @@ def largest(folder: pathlib.Path) -> pathlib.Path:
 
 
 def flip_bit(file: pathlib.Path, rng: random.Random) -> None:
-    """Flip one random bit."""
-    data = bytearray(file.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    file.write_bytes(data)
+    """Flip one random bit of a byte that is not 0, as are those that fill a file up and mean nothing."""
+    data = np.frombuffer(file.read_bytes(), np.uint8).copy()
+    data[rng.choice(np.flatnonzero(data))] ^= 1 << rng.randrange(8)
+    file.write_bytes(data.tobytes())

@@ -62,14 +62,14 @@ def trial_kills(
         resumed = re.search(r"going on from step (\d+)", output)
         if "damaged" in output or "Traceback" in output or (resumed and int(resumed[1]) < kept):
             lost += 1
-            notes.append(f"kill {number}: kept step {kept}, then: {output.strip()[-300:]}")
+            notes.append(f"kill {number}: kept step {kept}, then: {runs.ending(output)}")
         kept = max(runs.finished_steps(workdir), default=0)
     total = kept + 4
     code, output = Child(
         dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
     ).finish()
     if code != 0:
-        return kills - lost, lost + 1, [*notes, f"did not finish: {output[-300:]}"]
+        return kills - lost, lost + 1, [*notes, f"did not finish: {runs.ending(output)}"]
     whole = runs.make_config(root, "whole", total)  # on the disk
     code, output = Child(whole).finish()
     if (
@@ -91,27 +91,28 @@ def trial_damage(damage: Callable[[pathlib.Path], None], root: pathlib.Path) -> 
     damage(run / "checkpoints" / "6")
     code, output = Child(runs.make_config(root, "damaged", 6)).finish()
     if code != 0 or "checkpoint of step 6 is damaged" not in output or "going on from step 4" not in output:
-        return output[-300:]
+        return runs.ending(output)
     return "" if runs.same_state(run, base, 6) else "the state differs"
 
 
 def trial_shard(root: pathlib.Path, rng: random.Random) -> str:
     """Flip a bit in the middle of a data shard; "" if training stops and names it."""
     copy = root / "bad_digits"
-    shutil.rmtree(copy, ignore_errors=True)
+    for left in (copy, root / "shard"):
+        shutil.rmtree(left, ignore_errors=True)
     shutil.copytree(root / "digits", copy)
     shard = rng.choice(sorted(copy.glob("*.array_record-*")))
     runs.flip_bit(shard, rng)
     config = runs.make_config(root, "shard", 400, dir=str(copy))  # more than an epoch, without 200 saves
     seldom = dataclasses.replace(config.train, checkpoint_every=1000)
     code, output = Child(dataclasses.replace(config, train=seldom)).finish()
-    return "" if code == 2 and shard.name in output else f"exit code {code}: {output[-300:]}"
+    return "" if code == 2 and shard.name in output else f"exit code {code}: {runs.ending(output)}"
 
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, kilobytes: int) -> Iterator[None]:
     """Mount a file system of that size on a new folder; a PermissionError where this user cannot."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True).returncode != 0:
         raise PermissionError("a file system that can be full needs root, or `unshare -rm`, to mount a tmpfs")
@@ -132,10 +133,10 @@ def trial_full_disk(root: pathlib.Path) -> str:
         failed = re.findall(r"checkpoint of step (\d+) could not be written", output)
         left = sorted(p.name for p in (run / "checkpoints").iterdir())
         if code != 2 or failed != ["8", "10"] or "Traceback" in output or left != ["2", "4", "6"]:
-            return f"exit code {code}, checkpoints {left}: {output[-300:]}"
+            return f"exit code {code}, checkpoints {left}: {runs.ending(output)}"
         subprocess.run(["mount", "-o", "remount,size=100m", str(run)], check=True)
         code, output = Child(runs.make_config(root, "full", 10)).finish()
-        return "" if code == 0 and "going on from step 6" in output else output[-300:]
+        return "" if code == 0 and "going on from step 6" in output else runs.ending(output)
 
 
 def trial_full_from_the_start(root: pathlib.Path) -> str:
@@ -144,7 +145,9 @@ def trial_full_from_the_start(root: pathlib.Path) -> str:
     with small_disk(root / "none", 8):
         code, output = Child(runs.make_config(root, "none", 8)).finish()
     return (
-        "" if code == 2 and "refused: --train.workdir is" in output else f"exit code {code}: {output[-300:]}"
+        ""
+        if code == 2 and "refused: --train.workdir is" in output
+        else f"exit code {code}: {runs.ending(output)}"
     )
 
 
@@ -154,7 +157,7 @@ def trial_contradiction(root: pathlib.Path) -> str:
     config = runs.make_config(root, "base", 8)
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=0.5))
     code, output = Child(other).finish()
-    return "" if code == 2 and "refused: --optim.learning-rate is 0.5" in output else output[-300:]
+    return "" if code == 2 and "refused: --optim.learning-rate is 0.5" in output else runs.ending(output)
 
 
 def trial_nans(root: pathlib.Path) -> str:
@@ -165,7 +168,7 @@ def trial_nans(root: pathlib.Path) -> str:
     code, output = Child(patient, Setting(nan_steps=(1, 4, 5, 6, 7))).finish()
     losses = [line["loss"] for line in runs.log(root / "nans") if "loss" in line]
     fine = code == 0 and "going back to step 4" in output and len(losses) >= 5 and np.isfinite(losses).all()
-    return "" if fine else f"exit code {code}: {output[-300:]}"
+    return "" if fine else f"exit code {code}: {runs.ending(output)}"
 
 
 def trial_clock(root: pathlib.Path, rng: random.Random) -> str:
@@ -175,7 +178,7 @@ def trial_clock(root: pathlib.Path, rng: random.Random) -> str:
         clock = runs.CONTEXT.Value("d", rng.uniform(-86400, 86400))
         code, output = Child(runs.make_config(root, "clock", steps), Setting(clock=clock)).finish()
         if code != 0:
-            return f"exit code {code}: {output[-300:]}"
+            return f"exit code {code}: {runs.ending(output)}"
     same = runs.same_state(root / "clock", runs.base_run(root), 6) and runs.log(root / "clock") == runs.log(
         root / "base"
     )
@@ -191,7 +194,7 @@ def trial_store(store: Any, root: pathlib.Path, rng: random.Random) -> str:
             faults.enter_context(store.failing(lambda *_: rng.random() < 0.03, **how))
         code, output = Child(config).finish()
     if code != 0 or "could not be written" in output:
-        return f"exit code {code}: {output[-300:]}"
+        return f"exit code {code}: {runs.ending(output)}"
     workdir = paths.to_path(config.train.workdir)
     return "" if runs.same_run(workdir, runs.base_run(root), 6) else "state or log differ"
 

@@ -57,7 +57,7 @@ def trial_pairs(
         fine = code == 75 and time.monotonic() - since <= 60 and "damaged" not in output
         if not fine or "Traceback" in output or (resumed and int(resumed[1]) < kept):
             lost += 1
-            notes.append(f"kill {number} of process {who}: code {code}, kept {kept}: {output.strip()[-300:]}")
+            notes.append(f"kill {number} of process {who}: code {code}, kept {kept}: {runs.ending(output)}")
         kept = max(runs.finished_steps(workdir), default=0)
         if rng.random() < 0.5:
             shutil.rmtree(local / str(who), ignore_errors=True)
@@ -66,7 +66,7 @@ def trial_pairs(
         whole = runs.make_config(root, name, total, place)
         ends = [child.finish() for child in start_pair(whole, root / "local" / name.replace(" ", "-"))]
         if any(code != 0 for code, _ in ends):
-            return kills - lost, lost + 1, [*notes, f"did not finish: {ends[0][1][-300:]}"]
+            return kills - lost, lost + 1, [*notes, f"did not finish: {runs.ending(ends[0][1])}"]
     if not runs.same_run(workdir, root / "whole pair", total):
         lost += 1
         notes.append("state or log after the kills differ from those of two uninterrupted processes")

@@ -122,7 +122,7 @@ def disturb(root: pathlib.Path, minutes: float, rng: random.Random) -> tuple[int
         life.watch(min(end, time.monotonic() + MINUTE))
         kind, number = rng.choice(KINDS), number + 1
         if not life.child.process.is_alive() or "Traceback" in life.child.output:
-            problems.append(f"ended by itself: {life.child.output[-300:]}")
+            problems.append(f"ended by itself: {runs.ending(life.child.output)}")
         sizes += life.memory[-1:]
         size = f"{life.memory[-1]:.0f} MB" if life.memory else "not settled"
         print(f"{number}: step {life.step}, {size}, then {kind}", flush=True)
@@ -148,7 +148,7 @@ def main(minutes: float, rng: random.Random) -> int:
             life.watch(time.monotonic() + MINUTE * (minutes + 10))
             code, output = life.child.finish()
             if code != 0:
-                problems.append(f"{name} did not finish: {output[-300:]}")
+                problems.append(f"{name} did not finish: {runs.ending(output)}")
             if growth := grown(life.memory or [0.0]):
                 problems.append(f"memory of {name} grew {growth}")
         if not problems and not runs.same_run(root / "run", root / "whole", total):

@@ -83,7 +83,8 @@ class SelfAttention(nn.Module):
             q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.compute.dtype, name="qkv")(x)
             # Heads that are split over devices are not taken one by one.
             by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
-            return project_out(tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd")
+            out = tokens_last.attend(q, k, v, by_head, self.compute.batch_sharding)
+            return project_out(out, "hbkn,hkd->bnd")
         qkv = linear((3, *heads), name="qkv")(x)  # (B, N, 3, H, K)
         q, k = qkv[:, :, 0], qkv[:, :, 1]
         if self.queries_keys is not None:

@@ -66,7 +66,8 @@ class JointAttention(nn.Module):
         q, k, v = (jnp.concatenate(pair, axis=tokens_axis) for pair in zip(*parts, strict=True))
         if last:
             by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
-            out, equation = tokens_last.attend(q, k, v, by_head), "hbkn,hkd->bnd"
+            out = tokens_last.attend(q, k, v, by_head, self.compute.batch_sharding)
+            equation = "hbkn,hkd->bnd"
         else:
             out, equation = attend(q, k, v, kernel, with_those_before(n, mask)), ""
             out = out if kernel == "cudnn" else checkpoint_name(out, "attention")

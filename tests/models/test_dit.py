@@ -263,6 +263,41 @@ def test_one_head_at_a_time_changes_neither_output_nor_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(split, monkeypatch):
+    """Of 4 images on a device the logits of two fit, split over devices or not."""
+    monkeypatch.setattr(tokens_last, "LEAST_ROOM", 2 * 4 * 5 * 7)
+    images = 8 if split else 4
+    rng = np.random.default_rng(5)
+    q, grad, k, v = (jnp.asarray(rng.normal(size=(3, images, 8, n)), jnp.float32) for n in (5, 5, 7, 7))
+    sharding = None
+    if split:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    def out_and_gradients(by_head, sharding):
+        def function(q, k, v):
+            return tokens_last.attend(q, k, v, by_head, sharding)
+
+        return jax.jit(lambda *of: (function(*of), jax.vjp(function, *of)[1](grad)))
+
+    expected = out_and_gradients(False, None)(q, k, v)
+    found = out_and_gradients(True, sharding)
+    text = str(jax.make_jaxpr(found)(q, k, v))
+    assert "length=6" in text and "f32[1,2,7,5]" in text  # 3 heads x 2 pieces of a device's 4 images
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found(q, k, v), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "at_once"),
+    [(16, 1024, 8), (8, 1024, 8), (4, 1024, 4), (10, 1024, 5), (11, 1024, 11), (2, 4429, 2)],
+)
+def test_as_many_images_at_once_as_stay_on_the_chip(images, tokens, at_once):
+    assert tokens_last.images_at_once(images, 4 * tokens**2, 32 * 2**20) == at_once
+
+
 def test_the_norm_of_bfloat16_is_that_of_the_same_numbers_in_float64():
     x = jnp.asarray(np.random.default_rng(4).normal(5.0, 1.0, (3, 7, 256)), jnp.bfloat16)
     exact = np.asarray(x.astype(jnp.float32), np.float64)

@@ -18,11 +18,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from dit_jax.models.initializers import xavier_uniform_fused
 from dit_jax.models.kernels.products import add_bias, wide_einsum
 
 Array = jax.Array
+Run = Callable[..., tuple[Array, ...]]
+# Bytes of a piece's float32 logits that stay on the chip, by jax's device_kind.
+LEAST_ROOM = 32 * 2**20
+ROOM = {"TPU v4": 64 * 2**20}
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
 
 
@@ -31,39 +36,66 @@ def all_heads_up_to(device_kind: str) -> int:
     return 1024 if device_kind in ("TPU v5", "TPU v5p") else 512
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attend(q: Array, k: Array, v: Array, by_head: bool = False) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend(q: Array, k: Array, v: Array, by_head: bool = False, sharding: Any = None) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
 
-    by_head: one head at a time, whose logits stay on the chip where those of all heads would go to memory and back:
-    faster with many tokens, by the compilers' estimates from `all_heads_up_to` on.
+    by_head: one head of some images at a time, whose logits stay on the chip where those of all heads would go to
+    memory and back: faster with many tokens, by the compilers' estimates from `all_heads_up_to` on.
+    sharding: the `NamedSharding` of the batch, None on one device. Each device then takes its own images.
     """
-    return _attend_forward(q, k, v, by_head)[0]
+    return _attend_forward(q, k, v, by_head, sharding)[0]
 
 
-def _attend_forward(q: Array, k: Array, v: Array, by_head: bool) -> tuple[Array, tuple[Array, ...]]:
-    run: Callable[..., tuple[Array, ...]] = _one_by_one(_softmax_values) if by_head else _softmax_values
+def _attend_forward(
+    q: Array, k: Array, v: Array, by_head: bool, sharding: Any
+) -> tuple[Array, tuple[Array, ...]]:
+    run: Run = piece_by_piece(_softmax_values, sharding) if by_head else _softmax_values
     out, log_total = run(q, k, v)
     # Named so that a remat policy can keep what the backward pass needs of the softmax.
     out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
     return out, (q, k, v, out, log_total)
 
 
-def _attend_backward(by_head: bool, saved: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
-    run: Callable[..., tuple[Array, ...]] = _one_by_one(_gradients) if by_head else _gradients
+def _attend_backward(
+    by_head: bool, sharding: Any, saved: tuple[Array, ...], grad: Array
+) -> tuple[Array, ...]:
+    run: Run = piece_by_piece(_gradients, sharding) if by_head else _gradients
     return run(*saved, grad)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _one_by_one(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """The function on arrays (H, ...), applied to one head after the other."""
+def piece_by_piece(function: Run, sharding: Any = None) -> Run:
+    """The function on arrays (H, B, ...), q and k first, applied to a head of some images after the other."""
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    room = ROOM.get(getattr(device, "device_kind", ""), LEAST_ROOM)
 
-    def one(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    def piece(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(result[0] for result in function(*(a[None] for a in arrays)))
 
-    return lambda *arrays: jax.lax.map(one, arrays)
+    def all_pieces(*arrays: Array) -> tuple[Array, ...]:
+        (heads, images, _, queries), keys = arrays[0].shape, arrays[1].shape[-1]
+        size = images_at_once(images, 4 * queries * keys, room)
+        pieces = tuple(a.reshape(-1, size, *a.shape[2:]) for a in arrays)
+        return tuple(r.reshape(heads, images, *r.shape[2:]) for r in jax.lax.map(piece, pieces))
+
+    if sharding is None:
+        return all_pieces
+    # A piece is of a device's own images: the compiler would make pieces of all devices' and send images around.
+    split = PartitionSpec(None, sharding.spec[0])
+    mapped: Run = jax.shard_map(
+        all_pieces, mesh=sharding.mesh, in_specs=split, out_specs=split, check_vma=False
+    )
+    return mapped
+
+
+def images_at_once(images: int, bytes_of_one: int, room: int) -> int:
+    """The most images, a divisor of them, that fit into so many bytes; all where that fills less than half of it."""
+    fit = room // bytes_of_one
+    most = max((b for b in range(1, min(images, fit) + 1) if images % b == 0), default=0)
+    return most if 2 * most >= fit > 0 else images  # many small pieces cost more than they save
 
 
 def _logits(q: Array, k: Array) -> Array:

@@ -69,7 +69,7 @@ def test_a_run_of_several_processes_survives_what_happens_to_runs(tiny, latents,
         shutil.rmtree(run, ignore_errors=True)  # also of a start that came to nothing
         return "-c", PROGRAM, address, count, index, file
 
-    processes = together(arguments, count, devices=2)
+    processes = together(arguments, count)
     found = [json.loads(process.out.splitlines()[-1]) for process in processes]  # Gloo has its say before
     assert all(other == found[0] for other in found)
     first, rolled_back, stopped = found[0]

@@ -284,6 +284,7 @@ class Run:
                 log.flush()
                 self.checkpoints.save(state, self.meta, loss)
             elif self.copies and step % t.local_checkpoint_every == 0 and int(state.bad_streak) == 0:
+                log.flush()
                 self.copies.take(state, self.meta)
 
     def stops(self, state: TrainState, step: int, loss: float | None) -> bool:

@@ -15,9 +15,10 @@ from dit_jax.runs.log import read_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
 
-# Trains in one folder, then in another, where both processes are killed at a step: and again, where it goes on.
+# Trains in one folder, then in another, where both processes are killed at a step: and again, where it goes on. In
+# BUCKET/broken there are copies on the host too.
 PROGRAM = """
-import dataclasses, os, signal, sys
+import dataclasses, os, signal, sys, threading
 import jax
 
 address, index, file, *folders = sys.argv[1:]
@@ -29,16 +30,19 @@ batches, killed = loop.batches, False
 
 def changed(dataset, batch_size, seed, start, *args):
     for step, batch in enumerate(batches(dataset, batch_size, seed, start, *args), start=start):
-        if killed and step == 6:
+        if killed and step == 7:
             jax.block_until_ready(batch)
+            [thread.join() for thread in threading.enumerate() if thread.name == "copies"]
             os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 
 loop.batches = changed
 config = load(file)
 for folder in folders:
-    killed = folder == folders[-1] and len(folders) > 1
-    loop.train(dataclasses.replace(config, train=dataclasses.replace(config.train, workdir=folder)))
+    killed = folder == folders[-1] and "whole" in folders[0]
+    copies = int(folder.endswith("broken"))
+    train = dataclasses.replace(config.train, workdir=folder, local_checkpoint_every=copies)
+    loop.train(dataclasses.replace(config, train=train))
 """
 
 
@@ -52,28 +56,39 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(google, tiny, latent
     bucket = google.bucket()
     for name, file in paths.files_below(latents).items():
         paths.upload(file, paths.to_path(f"{bucket}/set") / name)
-    config = tiny.config(
-        train={"steps": 8, "log_every": 1, "checkpoint_every": 2}, data={"dir": f"{bucket}/set"}
-    )
+    options = {
+        "steps": 8,
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "local_checkpoint_dir": str(tmp_path / "local"),
+    }
+    config = tiny.config(train=options, data={"dir": f"{bucket}/set"})
     file = tmp_path / "config.json"
     file.write_text(
         to_json(dataclasses.replace(config, train=dataclasses.replace(config.train, workdir="none")))
     )
-    whole, broken = f"{bucket}/whole", f"{bucket}/broken"
+    whole, broken, again = (f"{bucket}/{name}" for name in ("whole", "broken", "again"))
     together(two(file, whole, broken), code=-signal.SIGKILL)
     assert [line["step"] for line in read_lines(paths.to_path(broken) / "metrics.jsonl")][-1] < 8
-    said = together(two(file, broken))[0].err
-    assert re.search(rf"going on from step [246] in {broken}\n", said), said
+    for name, there in paths.files_below(paths.to_path(broken)).items():  # as a run without copies
+        with paths.local_file(there) as here:
+            paths.upload(here, paths.to_path(again) / name)
+    (copies,) = (tmp_path / "local").iterdir()
+    for left in copies.glob("*.0"):  # those of process 0, whose host is lost
+        left.unlink()
+    said = together(two(file, broken, again))[0].err
+    assert re.search(rf"going on from step 7 in {broken}, from the copies on the hosts\n", said), said
+    assert re.search(rf"going on from step [36] in {again}\n", said), said
     losses = [
         [
             (line["step"], line["loss"])
             for line in read_lines(paths.to_path(folder) / "metrics.jsonl")
             if "loss" in line
         ]
-        for folder in (whole, broken)
+        for folder in (whole, broken, again)
     ]
-    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == list(range(1, 9))
-    for folder in (whole, broken):
+    assert losses[0] == losses[1] == losses[2] and [step for step, _ in losses[0]] == list(range(1, 9))
+    for folder in (whole, broken, again):
         assert find_damage(paths.to_path(folder) / "checkpoints" / "8") == ""
         assert json.loads(paths.read_bytes(paths.to_path(folder) / "config.json"))["train"]["steps"] == 8
-    assert not (ROOT / "gs:").exists()
+    assert not list((tmp_path / "local").iterdir()) and not (ROOT / "gs:").exists()

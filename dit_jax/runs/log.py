@@ -49,7 +49,7 @@ class MetricsLog:
         self._failing = bool(problems)
 
     def flush(self) -> None:
-        """Before a checkpoint or a copy of the state: what is logged so far reaches a bucket too, as far as it answers."""
+        """Before the state is kept: what is logged so far reaches a bucket too, as far as that answers."""
         if self._open:
             for file in (self._lines, self._events):
                 file.flush(now=True)

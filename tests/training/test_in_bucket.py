@@ -52,7 +52,7 @@ def two(file, *folders):
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(google, tiny, latents, tmp_path):
+def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(google, amazon, tiny, latents, tmp_path):
     bucket = google.bucket()
     for name, file in paths.files_below(latents).items():
         paths.upload(file, paths.to_path(f"{bucket}/set") / name)
@@ -67,7 +67,7 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(google, tiny, latent
     file.write_text(
         to_json(dataclasses.replace(config, train=dataclasses.replace(config.train, workdir="none")))
     )
-    whole, broken, again = (f"{bucket}/{name}" for name in ("whole", "broken", "again"))
+    whole, broken, again = f"{amazon.bucket()}/whole", f"{bucket}/broken", f"{bucket}/again"
     together(two(file, whole, broken), code=-signal.SIGKILL)
     assert [line["step"] for line in read_lines(paths.to_path(broken) / "metrics.jsonl")][-1] < 8
     for name, there in paths.files_below(paths.to_path(broken)).items():  # as a run without copies
@@ -91,4 +91,4 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on_to_the_bit(google, tiny, latent
     for folder in (whole, broken, again):
         assert find_damage(paths.to_path(folder) / "checkpoints" / "8") == ""
         assert json.loads(paths.read_bytes(paths.to_path(folder) / "config.json"))["train"]["steps"] == 8
-    assert not list((tmp_path / "local").iterdir()) and not (ROOT / "gs:").exists()
+    assert not list((tmp_path / "local").iterdir()) and not [*ROOT.glob("gs:"), *ROOT.glob("s3:")]

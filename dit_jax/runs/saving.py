@@ -29,6 +29,7 @@ for _name in ("absl", "asyncio"):
 
 def orbax_path(path: pathlib.Path) -> epath.Path:
     """A path as Orbax takes it."""
+    _ignore_closed_loops()
     if paths.is_remote(path):
         _let_orbax_use_buckets()
     return epath.Path(paths.absolute(path))
@@ -97,7 +98,6 @@ class Saver:
             ),
         )
         self._failure: Exception | None = None
-        _ignore_closed_loops()
         self.manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -217,7 +217,7 @@ class Meeting:
 
 @functools.cache
 def _ignore_closed_loops() -> None:
-    """Keep each write that a failed save gave up from printing that nobody waits for it any more."""
+    """Keep what a failed save or restore gave up from printing, file by file, that nobody waits for it any more."""
     report = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

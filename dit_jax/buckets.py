@@ -21,7 +21,6 @@ from dit_jax.config import ConfigError
 HELP = "expected gcsfs, s3fs and universal_pathlib (pip install 'dit_jax[bucket]')"
 SCHEMES = ("gs://", "s3://")
 
-
 SILENCE_SECONDS = 30  # after which a connection is given up, and the store asked again
 REQUEST_SECONDS = 600  # that a request may take in all: a part of an upload is of 50 MB
 AMAZON_ATTEMPTS, ARRAY_RETRIES = 10, 8  # of s3fs in half a minute, of TensorStore in two; gcsfs has six
@@ -128,9 +127,6 @@ def register() -> None:
     set_custom_error_handler(_passes)
 
 
-# What another process has written is to be seen: no listing is kept.
-
-
 def _google() -> dict[str, Any]:
     """Options of Google's file system."""
     import aiohttp
@@ -138,7 +134,7 @@ def _google() -> dict[str, Any]:
     patience = aiohttp.ClientTimeout(
         total=REQUEST_SECONDS, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS
     )
-    # An upload is compared with what the store has taken.
+    # No listing is kept, as others write too; an upload is compared with what the store has taken.
     options = {"use_listings_cache": False, "consistency": "md5", "requests_timeout": patience}
     if os.environ.get("STORAGE_EMULATOR_HOST"):  # no credentials, which are not looked for
         options["token"] = "anon"

@@ -5,7 +5,8 @@
 #       --data.dir /data/imagenet256 --train.workdir /data/runs/xl2
 #
 # Slurm tells the processes of each other. Three minutes before the time limit the run saves and stops (exit code
-# 75), and the job queues itself again, as it does where a process is killed. Arguments are train.py's. First, once: make ACCEL=cuda12 test
+# 75), and the job queues itself again, as it does where a process is killed. Arguments are train.py's.
+# First, once: make ACCEL=cuda12 test
 #SBATCH --job-name=dit
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

@@ -7,6 +7,7 @@ import started
 from started import finish, start, together, wait_for
 
 GLOO = "raise SystemExit('Gloo context initialization failed: DEADLINE_EXCEEDED')"
+TAKEN = "raise SystemExit('Failed to add port to server: No address added')"
 
 
 def test_a_code_that_was_not_expected_is_shown_with_all_that_was_said():
@@ -22,17 +23,18 @@ def test_what_never_happens_is_not_waited_for_when_the_process_has_ended():
         wait_for(lambda: False, start("-c", "raise SystemExit(3)"))
 
 
-def test_processes_are_started_again_where_gloo_gave_up():
+@pytest.mark.parametrize("problem", [GLOO, TAKEN])
+def test_processes_are_started_again_where_that_may_help(problem):
     tried = []
 
     def arguments(address, index):
         tried.append((address, index))
-        return "-c", GLOO if tried == [(address, 0)] else ""
+        return "-c", problem if tried == [(address, 0)] else ""
 
     assert [process.returncode for process in together(arguments)] == [0, 0]
     assert [index for _, index in tried] == [0, 1, 0, 1]
-    with pytest.raises(AssertionError, match="Gloo context"):
-        together(lambda address, index: ("-c", GLOO))
+    with pytest.raises(AssertionError, match=r"Gloo context|add port"):
+        together(lambda address, index: ("-c", problem))
     tried.clear()
     with pytest.raises(AssertionError, match="not of Gloo's"):
         together(lambda *which: (tried.append(which), ("-c", "raise SystemExit('not of Gloo\\'s')"))[1])

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 ROOT = pathlib.Path(__file__).parents[2]
 LONG = 400.0  # seconds that a test waits for what takes seconds on a machine with nothing else to do
 ATTEMPTS = 3
+# What says that a start came to nothing: Gloo's patience, and a port that somebody else has taken meanwhile.
+AGAIN = ("Gloo context initialization failed", "Failed to add port to server")
 _left: list["Process"] = []
 
 
@@ -125,7 +127,8 @@ def together(
     """`count` processes of one run, when they have ended: `arguments(address, index)` are those of each of them.
 
     `meanwhile(*processes)` is called when all are started. Gloo gives a process 30 s to come to where the others
-    are; on a loaded machine it may take longer: then all are started again, `arguments` first.
+    are; on a loaded machine it may take longer: then all are started again, `arguments` first. So they are where
+    their port was taken before they came to it.
     """
     for attempt in range(ATTEMPTS):
         address = f"127.0.0.1:{free_port()}"
@@ -135,7 +138,7 @@ def together(
             meanwhile(*processes)
             return finish(*processes, code=code)
         except AssertionError:
-            gave_up = any("Gloo context initialization failed" in process.said for process in processes)
+            gave_up = any(words in process.said for process in processes for words in AGAIN)
             if attempt == ATTEMPTS - 1 or not gave_up:
                 raise
             for process in processes:

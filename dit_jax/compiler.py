@@ -19,14 +19,18 @@ from dit_jax.files import cache_folder
 _SCOPED_VMEM_KIB = {"TPU v5 lite": 32768, "TPU v5": 49152, "TPU v5p": 49152}
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str | int] | None:
+def compiler_options(mesh: Mesh) -> dict[str, str | int | bool] | None:
     """`compiler_options` of `jax.jit` for the devices of `mesh`; None for the defaults."""
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return None
     # No collective matmul: under fsdp it cuts every product into as many slivers as devices share the parameters,
     # and sends those around in a loop. Whole parameters are gathered while the layer before still computes.
-    options: dict[str, str | int] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+    options: dict[str, str | int | bool] = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+    if device.device_kind == "TPU v5 lite":
+        # Gradients are scattered while the layer before is computed. The compiler refuses to on other generations.
+        options["xla_enable_async_reduce_scatter_fusion"] = True
+        options["xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter"] = True
     if device.device_kind in _SCOPED_VMEM_KIB:
         options["xla_tpu_scoped_vmem_limit_kib"] = _SCOPED_VMEM_KIB[device.device_kind]
     return options

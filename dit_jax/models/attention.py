@@ -80,7 +80,9 @@ class SelfAttention(nn.Module):
         linear = functools.partial(Linear, compute=self.compute, quantized=True)
         project_out = linear((d,), in_axes=2, name="proj")
         if kernel in TOKENS_LAST:
-            q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.compute.dtype, name="qkv")(x)
+            q, k, v = tokens_last.QueriesKeysValues(
+                self.num_heads, self.compute.dtype, self.compute.first_axis_shared, name="qkv"
+            )(x)
             # Heads that are split over devices are not taken one by one.
             by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
             out = tokens_last.attend(q, k, v, by_head, self.compute.batch_sharding)

@@ -87,7 +87,9 @@ class Block(nn.Module):
 class Modulation(nn.Module):
     """SiLU, then a zero-initialised linear layer from the conditioning vector to adaLN's vectors.
 
-    Those of all layers are one product: they depend on the conditioning vector alone.
+    Those of all layers are one product: they depend on the conditioning vector alone. Where devices share the
+    kernel, each computes its own part of the outputs, for the rows of all who share it: vectors go around, not the
+    kernel, which is a third of the network and would be gathered for a product with few rows.
     """
 
     features: tuple[int, ...]
@@ -99,12 +101,15 @@ class Modulation(nn.Module):
         zeros = nn.initializers.zeros
         kernel = self.param("kernel", zeros, (c.shape[-1], *self.features), jnp.float32)
         bias = self.param("bias", zeros, self.features, jnp.float32)
-        if not self.compute.splits_inner_axes:
+        compute = self.compute
+        split = compute.splits_inner_axes or compute.fsdp_axis is not None
+        if not split:
             kernel = kernel.reshape(c.shape[-1], -1)
         outputs = "efgh"[: kernel.ndim - 1]
-        c = nn.silu(c).astype(self.compute.dtype)
-        out = self.compute.product(c, kernel, f"bd,d{outputs}->b{outputs}")
-        out = self.compute.add_bias(out.reshape(-1, *self.features), bias, [0])
+        c = compute.for_modulation(nn.silu(c).astype(compute.dtype), last=None)
+        out = compute.product(c, kernel, f"bd,d{outputs}->b{outputs}")
+        out = compute.for_modulation(out, last=compute.fsdp_axis)
+        out = compute.add_bias(out.reshape(-1, *self.features), bias, [0])
         # Where a device has one row and inner axes are split as well, XLA's partitioner would else give this a wrong
         # gradient (seen in jax 0.10 on a mesh of 2 x 2 x 2).
-        return self.compute.split_batch(out) if self.compute.splits_inner_axes else out
+        return compute.split_batch(out) if split else out

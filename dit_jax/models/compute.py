@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dit_jax.config import ConfigError
 from dit_jax.models.kernels import derivatives, float8, products, tokens_last
@@ -43,6 +43,8 @@ class Compute:
       unroll: whether the loop over layers is unrolled.
       batch_sharding: a `jax.sharding.Sharding` of the first axis, which the activations of every block keep (None on
         one device). Without it the compiler may split them along the width instead, as split parameters are.
+      fsdp_axis: the axis of the mesh that splits both batch and parameters where no other splits parameters (preset
+        fsdp); None elsewhere.
       plain: no kernel and no derivative written by hand, so that jax can differentiate in forward mode as well.
     """
 
@@ -53,6 +55,7 @@ class Compute:
     remat: str = "none"
     unroll: bool = False
     batch_sharding: Any = None
+    fsdp_axis: str | None = None
     plain: bool = False
 
     def __post_init__(self) -> None:
@@ -92,6 +95,22 @@ class Compute:
         if self.batch_sharding is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, self.batch_sharding)
+
+    def for_modulation(self, x: Array, last: str | None) -> Array:
+        """x (B, ..., D) as adaLN's product takes and leaves it: each device has the rows of all who share its kernel,
+        and of the last axis what `last` splits."""
+        if self.fsdp_axis is None:
+            return x
+        rows = tuple(axis for axis in self.batch_sharding.spec[0] if axis != self.fsdp_axis)
+        spec = PartitionSpec(rows, *[None] * (x.ndim - 2), last)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.batch_sharding.mesh, spec))
+
+    @property
+    def first_axis_shared(self) -> NamedSharding | None:
+        """An array's first axis split over the devices that share the parameters; None without `fsdp_axis`."""
+        if self.fsdp_axis is None:
+            return None
+        return NamedSharding(self.batch_sharding.mesh, PartitionSpec(self.fsdp_axis))
 
     @property
     def splits_inner_axes(self) -> bool:

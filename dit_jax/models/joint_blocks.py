@@ -80,7 +80,9 @@ class JointAttention(nn.Module):
         """Of one stream's tokens (B, T, D), each (B, T, H, K), or (H, B, K, T) for a kernel that has tokens last."""
         name, d = f"{stream}qkv", tokens.shape[-1]
         if last:
-            q, k, v = tokens_last.QueriesKeysValues(self.num_heads, self.compute.dtype, name=name)(tokens)
+            q, k, v = tokens_last.QueriesKeysValues(
+                self.num_heads, self.compute.dtype, self.compute.first_axis_shared, name=name
+            )(tokens)
         else:
             shape = (3, self.num_heads, d // self.num_heads)
             qkv = Linear(shape, compute=self.compute, quantized=True, name=name)(tokens)

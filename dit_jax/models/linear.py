@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dit_jax.models.compute import Compute
 from dit_jax.models.initializers import Initializer, xavier_uniform_fused
+from dit_jax.models.kernels.tokens_last import added_by_heads
 
 Array = jax.Array
 
@@ -47,6 +48,8 @@ class Linear(nn.Module):
         x = x.astype(self.compute.dtype)
         if equation:
             outputs = of_kernel[self.in_axes :]
+            if self.in_axes == 2:  # heads and their channels
+                kernel = added_by_heads(kernel, -1, self.compute.first_axis_shared)
             missing = [axis for axis, letter in enumerate(of_out) if letter not in outputs]
             out = self.compute.product(x, kernel, equation, self.result, self.precision)
             out = self.compute.add_bias(out, bias, missing)

@@ -21,6 +21,7 @@ from dit_jax.planning.hlo import (
     Module,
     called_by,
     cycles,
+    executions,
     operands,
     shape_bytes,
     trip_count,
@@ -101,11 +102,15 @@ class _Run:
     sending: list[tuple[str, float, float]] = field(default_factory=list)
     depth: int = 0
     schedules: dict[str, list[Step]] = field(default_factory=dict)
+    started: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = started(self.module)
 
     def computation(self, name: str) -> None:
         """Run a computation; what it starts and does not end, ends with it."""
         if name not in self.schedules:
-            self.schedules[name] = list(schedule(self.module, name, self.flops_per_cycle))
+            self.schedules[name] = list(schedule(self.module, name, self.flops_per_cycle, self.started))
         self.depth += 1
         for step in self.schedules[name]:
             self.work += step.cycles
@@ -152,10 +157,25 @@ class _Run:
         self.sending = [sent for sent in self.sending if sent[2] > self.now]
 
 
-def schedule(module: Module, name: str, flops_per_cycle: float) -> Iterator[Step]:
-    """The steps of a computation in order. Every branch of a conditional counts as taken."""
+def started(module: Module) -> set[str]:
+    """The collectives that run through several fusions, which may lie in a loop between start and end."""
+    lines = (line for name in executions(module) for line in module.computations.get(name, ()))
+    fusions = (line for line in lines if line.opcode == "fusion")
+    return {_key(part) for line in fusions for part, role in _fused(module, line) if role == "start"}
+
+
+def _key(line: Instruction) -> str:
+    channel = re.search(r"channel_id=(\d+)", line.text)
+    return f"{line.opcode} {channel[1] if channel else ''}"
+
+
+def schedule(module: Module, name: str, flops_per_cycle: float, started: set[str]) -> Iterator[Step]:
+    """The steps of a computation in order. Every branch of a conditional counts as taken.
+
+    started: see the function of that name.
+    """
     aliases: dict[str, str] = {}  # the name of an -update -> that of its -start
-    spread: set[str] = set()  # collectives that run through several fusions, while they do
+    spread: set[str] = set()  # collectives whose start was in this computation, until their end
     for line in module.computations.get(name, ()):
         spent = cycles(line, flops_per_cycle)
         if line.opcode in ("while", "call", "conditional"):
@@ -182,24 +202,25 @@ def schedule(module: Module, name: str, flops_per_cycle: float) -> Iterator[Step
             yield Step(spent)
             yield Step(start=(line.name, transfer(*inside[0], module.devices)))
         else:
-            yield from _in_fusion(inside, spent, spread, module.devices)
+            yield from _in_fusion(inside, spent, spread, started, module.devices)
 
 
 def _in_fusion(
-    inside: list[tuple[Instruction, str]], spent: int, spread: set[str], devices: int
+    inside: list[tuple[Instruction, str]], spent: int, spread: set[str], started: set[str], devices: int
 ) -> Iterator[Step]:
     """Steps of a line with collectives: alone, in a fusion, or with a part of one that runs through several."""
     ends: list[str] = []
     starts: list[tuple[str, Transfer]] = []
     for line, role in inside:
-        channel = re.search(r"channel_id=(\d+)", line.text)
-        key = f"{line.opcode} {channel[1] if channel else ''}"
+        key = _key(line)
         if role == "start":
             starts.append((key, transfer(line, role, devices)))
             spread.add(key)
-        elif key in spread and role != "alone":
-            ends += [key] if role == "end" else []
-            spread -= {key} if role == "end" else set()
+        elif role == "end" and key in spread:
+            ends.append(key)
+            spread.discard(key)
+        elif role == "" and key in started:
+            pass  # one of its fusions between
         else:
             yield Step(start=(line.name, transfer(line, role, devices)), end=line.name)
     for key in ends:

@@ -22,7 +22,14 @@ from dit_jax.models.create import Model, build_model
 from dit_jax.models.kernels.fused_norm import check_norm_kernel
 from dit_jax.runs.state import TrainState
 from dit_jax.training.optimizer import make_optimizer
-from dit_jax.training.sharding import asked, batch_sharding, check_batch, replicated, state_shardings
+from dit_jax.training.sharding import (
+    asked,
+    batch_sharding,
+    check_batch,
+    fsdp_axis,
+    replicated,
+    state_shardings,
+)
 from dit_jax.training.state import init_state, make_state
 from dit_jax.training.step import Draw, draw_key, make_train_step
 
@@ -167,7 +174,9 @@ def _step_of(
         c.attention, c.dtype, model.num_tokens, config.model.head_dim, mesh.devices.flat[0]
     )
     train_step = make_train_step(
-        model.computed(attention=kernel, batch_sharding=split), process, optimizer, config, **factors,
+        model.computed(
+            attention=kernel, batch_sharding=split, fsdp_axis=fsdp_axis(mesh, config.mesh.preset)
+        ), process, optimizer, config, **factors,
         microbatches=microbatches, mesh=mesh, grad_shardings=_gradient_shardings(state),
     )  # fmt: skip
     return jax.jit(

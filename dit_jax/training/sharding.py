@@ -48,17 +48,20 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ),  # (L, H, K, D), of all attentions
     ("(context_)?mlp/fc1/kernel", (None, "embed", "mlp")),  # (L, D, 4D)
     ("(context_)?mlp/fc2/kernel", (None, "mlp", "embed")),  # (L, 4D, D)
-    ("final_adaln/kernel", ("embed", None, "modulation")),  # (D, 2, D)
-    (r"(\w+_)?adaln/kernel", ("embed", None, None, "modulation")),  # (D, L, 2, 4, 6 or 9, D)
+    ("final_adaln/kernel", ("condition", None, "modulation")),  # (D, 2, D)
+    (r"(\w+_)?adaln/kernel", ("condition", None, None, "modulation")),  # (D, L, 2, 4, 6 or 9, D)
     ("final_linear/kernel", ("embed", None)),
 )
 
 Rules = Mapping[str, tuple[str, ...]]
 
 # Preset -> (rules for the parameters, rules for optimizer state and EMA).
-_FSDP: Rules = {"embed": ("fsdp",)}
-_TENSOR: Rules = {"embed": ("fsdp",), "heads": ("tensor",), "mlp": ("tensor",), "modulation": ("tensor",)}
-_ZERO1: Rules = dict.fromkeys(("embed", "mlp", "modulation", "heads"), ("fsdp", "data"))
+_FSDP: Rules = {"embed": ("fsdp",), "modulation": ("fsdp",)}
+_TENSOR: Rules = {
+    "embed": ("fsdp",), "condition": ("fsdp",),
+    "heads": ("tensor",), "mlp": ("tensor",), "modulation": ("tensor",),
+}  # fmt: skip
+_ZERO1: Rules = dict.fromkeys(("embed", "condition", "mlp", "modulation", "heads"), ("fsdp", "data"))
 PRESETS: dict[str, tuple[Rules, Rules]] = {
     "replicated": ({}, {}),
     "zero1": ({}, _ZERO1),
@@ -270,6 +273,11 @@ def state_shardings(state: Any, mesh: Mesh, preset: str) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def fsdp_axis(mesh: Mesh, preset: str) -> str | None:
+    """See `Compute.fsdp_axis`."""
+    return "fsdp" if PRESETS[preset][0] is _FSDP and mesh.shape["fsdp"] > 1 else None
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:

@@ -71,14 +71,18 @@ def test_the_update_is_one_pass_over_each_parameter(compiled, tiny, preset):
 
 
 @pytest.mark.slow
-def test_products_with_split_parameters_stay_whole(compiler, tiny):
-    """A collective matmul would cut them into slivers and pass these around by collective permutes."""
+def test_split_parameters_are_gathered_and_their_gradients_scattered_once_a_pass(compiler, tiny):
+    """A collective matmul would pass slivers around by collective permutes; adaLN's kernel is not gathered at all."""
     config = tiny.config(
-        model={"hidden_size": 512, "mlp_ratio": 4.0, "input_size": (32, 32)}, compute={"dtype": "bfloat16"},
-        mesh={"preset": "fsdp"}, train={"batch_size": 64},
+        model={"hidden_size": 512, "num_heads": 8, "mlp_ratio": 4.0, "input_size": (32, 32)},
+        compute={"dtype": "bfloat16"}, mesh={"preset": "fsdp"}, train={"batch_size": 64},
     )  # fmt: skip
-    kinds = {c.kind: c.count for c in compile_training(config, "v5e:2x4").collectives}
-    assert kinds["all-gather"] > 4 and kinds.get("collective-permute", 0) == 0, kinds
+    found = {c.kind: c for c in compile_training(config, "v5e:2x4").collectives}
+    blocks = 2 * 12 * 512**2  # parameters of two blocks without adaLN's, as many as half of theirs
+    assert found["all-gather"].count > 4 and "collective-permute" not in found, found
+    assert found["all-gather"].bytes < 1.1 * blocks * 2 * 2  # bytes, passes
+    assert blocks * 4 <= found["reduce-scatter"].bytes < 1.1 * blocks * 4
+    assert found["all-reduce"].bytes + found["all-to-all"].bytes < 0.1 * blocks * 4
 
 
 @pytest.mark.slow

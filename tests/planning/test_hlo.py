@@ -110,6 +110,11 @@ HloModule step, is_scheduled=true, num_partitions=2
   ROOT %mark.1 = f32[100]{0} custom-call(%q.3, %all-gather.3), custom_call_target="AsyncCollectiveDone"
 }
 
+%turn (q.5: f32[50]) -> f32[50] {
+  %q.5 = f32[50]{0} parameter(0)
+  ROOT %w6 = f32[50]{0} fusion(%q.5), calls=%middle, backend_config={"estimated_cycles":"100"}
+}
+
 %all-reduce-scatter (q.4: f32[100]) -> f32[50] {
   %q.4 = f32[100]{0} parameter(0)
   %sum = f32[100]{0} all-reduce(%q.4), channel_id=3, replica_groups={{0,1}}, to_apply=%add
@@ -151,6 +156,12 @@ SCHEDULES = {
         [cycles(9).replace("%none", "%begin"), cycles(100, "w2").replace("%none", "%middle"), cycles(50, "w3"),
          cycles(9, "w4").replace("%none", "%finish"), cycles(999, "w5")],
         {"all-gather": (1, 1, 125)},
+    ),
+    "spread over a loop between": (
+        [cycles(9).replace("%none", "%begin"),
+         '%l = (f32[50]) while(%p), condition=%none, body=%turn, backend_config={"known_trip_count":{"n":"3"}}',
+         cycles(9, "w4").replace("%none", "%finish")],
+        {"all-gather": (1, 1, 50)},
     ),
     "reduced and scattered in one fusion": (
         [cycles(999).replace("%none", "%all-reduce-scatter")], {"reduce-scatter": (1, 0, 200)},

@@ -1,6 +1,7 @@
 """Every layout of a run over 8 devices gives what one device gives, in less memory."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from dit_jax.config import Config, ConfigError, MeshConfig, ModelConfig, resolve
 from dit_jax.planning.topology import topology_devices
-from dit_jax.training.program import abstract_state
+from dit_jax.training.program import abstract_batch, abstract_state, build_program
 from dit_jax.training.sharding import (
     MESH_AXES,
     PARAMETER_AXES,
@@ -59,6 +60,31 @@ def test_eight_devices_agree_with_one_in_bfloat16(tiny, one_device_in_bfloat16, 
     np.testing.assert_allclose(metrics[0]["grad_norm"], one_metrics[0]["grad_norm"], rtol=1e-4)
     found, expected = (s.opt_state[1][0].mu for s in (state, one_state))  # 0.1 x the clipped gradient
     assert tiny.relative_difference(found, expected) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_tpus_attention_agrees_with_one_device_where_heads_are_shared_out(tiny):
+    """Four heads over fsdp 4: their kernels' gradients are added up by heads."""
+    options = {"model": {"num_heads": 4}, "compute": {"attention": "tokens_last"}}
+    config = tiny.config(**options)
+    start = jax.device_get(tiny.run(config, 1, 2)[0])  # by then no kernel's gradient is zero
+    one_state, one_metrics, _ = tiny.run(config, 1, 1, start)
+    state, metrics, _ = tiny.run(tiny.config(**options, mesh=MESHES["fsdp"]), 8, 1, start)
+    np.testing.assert_allclose(metrics[0]["grad_norm"], one_metrics[0]["grad_norm"], rtol=1e-5)
+    found, expected = (s.opt_state[1][0].mu for s in (state, one_state))
+    assert tiny.relative_difference(found, expected) < 1e-4
+
+
+def test_adaln_kernels_are_split_along_their_outputs_and_gathered_nowhere(tiny):
+    config = tiny.config(mesh=MESHES["fsdp"])
+    mesh = make_mesh(config.mesh)
+    program = build_program(config, mesh, scaling_factor=1.0, shift_factor=0.0)
+    kernel = program.state.params["adaln"]["kernel"]  # (D, L, 6, D)
+    assert kernel.sharding.spec == P(None, None, None, ("fsdp",))
+    text = program.step.lower(program.state, abstract_batch(config, mesh)).compile().as_text()
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", text)
+    largest = max(np.prod([int(n) for n in shape.split(",") if n]) for shape in gathered)
+    assert largest < kernel.size / 2, gathered
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ Letters: B batch, N query tokens, M key tokens, D width, H heads, K channels of 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.models.initializers import xavier_uniform_fused
 from dit_jax.models.kernels.products import add_bias, wide_einsum
@@ -151,14 +152,37 @@ def _project_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, A
 project.defvjp(_project_forward, _project_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def added_by_heads(kernel: Array, width: int, sharding: NamedSharding | None) -> Array:
+    """A kernel whose axes are heads, channels and, as its axis number `width`, the width; as it is.
+
+    Its gradient is added up over devices by heads, where `sharding` says who adds which and they can be shared out.
+    The products here leave the width last, and along a last axis the compiler would send every device the whole sum.
+    """
+    return kernel
+
+
+def _add_by_heads(width: int, sharding: NamedSharding | None, _: None, grad: Array) -> tuple[Array]:
+    by_heads = jnp.moveaxis(grad, width, -1)
+    if sharding is None or len(by_heads) % math.prod(sharding.mesh.shape[axis] for axis in sharding.spec):
+        return (grad,)
+    added = jax.lax.with_sharding_constraint(by_heads, sharding)
+    return (jnp.moveaxis(added, -1, width),)
+
+
+added_by_heads.defvjp(lambda kernel, width, sharding: (kernel, None), _add_by_heads)
+
+
 class QueriesKeysValues(nn.Module):
     """The projection to queries, keys and values, with the parameters of `Linear((3, H, K))`.
 
     Three products: one would have to be cut into its parts, and be put together again for its gradient.
+    shared: over which devices' gradients are added up (see `added_by_heads`).
     """
 
     num_heads: int
     dtype: Any = jnp.float32
+    shared: NamedSharding | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
@@ -168,5 +192,6 @@ class QueriesKeysValues(nn.Module):
         kernel = self.param("kernel", xavier_uniform_fused(1), (d, *features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
         x = x.astype(self.dtype)
-        products = (add_bias(project(x, kernel[:, i]), bias[i], [1, 3]) for i in range(3))
+        kernels = (added_by_heads(kernel[:, i], 0, self.shared) for i in range(3))
+        products = (add_bias(project(x, k), bias[i], [1, 3]) for i, k in enumerate(kernels))
         return tuple(checkpoint_name(out, "linear") for out in products)

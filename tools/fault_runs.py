@@ -24,7 +24,7 @@ from dit_jax import paths
 from dit_jax.config import Config, DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, resolve
 
 CONTEXT = multiprocessing.get_context("forkserver")
-TIMEOUT = 300.0
+TIMEOUT = 300.0  # seconds
 
 
 def make_config(
@@ -133,8 +133,11 @@ class Child:
         return b"".join(self._output).decode()
 
     def finish(self) -> tuple[int | None, str]:
-        """(exit code, output) once it has ended; it is killed when it hangs."""
-        self.process.join(TIMEOUT)
+        """(exit code, output) once it has ended; it is killed when it prints nothing for TIMEOUT seconds."""
+        printed = -1
+        while self.process.is_alive() and len(self._output) != printed:
+            printed = len(self._output)
+            self.process.join(TIMEOUT)
         self.kill()
         return self.process.exitcode, self.output
 

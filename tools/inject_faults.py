@@ -65,18 +65,12 @@ def trial_kills(
             notes.append(f"kill {number}: kept step {kept}, then: {runs.ending(output)}")
         kept = max(runs.finished_steps(workdir), default=0)
     total = kept + 4
-    code, output = Child(
-        dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
-    ).finish()
-    if code != 0:
-        return kills - lost, lost + 1, [*notes, f"did not finish: {runs.ending(output)}"]
-    whole = runs.make_config(root, "whole", total)  # on the disk
-    code, output = Child(whole).finish()
-    if (
-        code != 0
-        or not runs.same_state(workdir, root / "whole", total)
-        or runs.log(workdir) != runs.log(root / "whole")
-    ):
+    finished = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=total))
+    for name, whole in (("run", finished), ("uninterrupted one", runs.make_config(root, "whole", total))):
+        code, output = Child(whole).finish()
+        if code != 0:
+            return kills - lost, lost + 1, [*notes, f"the {name} did not finish: {runs.ending(output)}"]
+    if not runs.same_run(workdir, root / "whole", total):
         lost += 1
         notes.append("state or log after the kills differ from those of an uninterrupted run")
     notes.append(f"{during_saves} of {kills} kills left an unfinished save; compared after {total} steps")

@@ -78,14 +78,14 @@ class SelfAttention(nn.Module):
             kernel = "einsum"  # the parts are for another layout, and that kernel takes no mask
         heads = (self.num_heads, d // self.num_heads)
         linear = functools.partial(Linear, compute=self.compute, quantized=True)
-        project_out = linear((d,), in_axes=2, name="proj")
+        project_out = linear((d,), in_axes=2, bias_by_product=True, name="proj")
         if kernel in TOKENS_LAST:
-            q, k, v = tokens_last.QueriesKeysValues(
-                self.num_heads, self.compute.dtype, self.compute.first_axis_shared, name="qkv"
-            )(x)
             # Heads that are split over devices are not taken one by one.
             by_head = kernel == "tokens_last_by_head" and not self.compute.splits_inner_axes
-            out = tokens_last.attend(q, k, v, by_head, self.compute.batch_sharding)
+            q, k, v, *biases = tokens_last.QueriesKeysValues(
+                self.num_heads, self.compute.dtype, self.compute.first_axis_shared, by_head, name="qkv"
+            )(x)
+            out = tokens_last.attend(q, k, v, by_head, self.compute.batch_sharding, *biases)
             return project_out(out, "hbkn,hkd->bnd")
         qkv = linear((3, *heads), name="qkv")(x)  # (B, N, 3, H, K)
         q, k = qkv[:, :, 0], qkv[:, :, 1]

@@ -135,11 +135,11 @@ class Compute:
         """tokens (T, *inputs) times kernel (*inputs, *features) in 8-bit floats; None if they are not asked for."""
         return float8.dot(tokens, kernel, in_axes) if self.quantization == "fp8" else None
 
-    def add_bias(self, x: Array, bias: Array, missing: Sequence[int]) -> Array:
-        """x + bias in x's type; bias float32, without x's axes `missing`."""
+    def add_bias(self, x: Array, bias: Array, missing: Sequence[int], by_product: bool = False) -> Array:
+        """x + bias in x's type; bias float32, without x's axes `missing` (see `products.add_bias`)."""
         if self.plain:
             return x + jnp.expand_dims(bias.astype(x.dtype), missing)
-        return products.add_bias(x, bias, missing)
+        return products.add_bias(x, bias, missing, by_product)
 
     def gelu(self, x: Array) -> Array:
         """GELU in its tanh approximation (arXiv 1606.08415)."""

@@ -72,7 +72,9 @@ class JointAttention(nn.Module):
             out, equation = attend(q, k, v, kernel, with_those_before(n, mask)), ""
             out = out if kernel == "cudnn" else checkpoint_name(out, "attention")
         of_x, of_text = jnp.split(out, [n], axis=tokens_axis)
-        linear = functools.partial(Linear, (d,), in_axes=2, compute=self.compute, quantized=True)
+        linear = functools.partial(
+            Linear, (d,), in_axes=2, compute=self.compute, quantized=True, bias_by_product=True
+        )
         answer = linear(name="context_proj")(of_text, equation) if self.answers_text else None
         return linear(name="proj")(of_x, equation), answer
 

@@ -25,6 +25,7 @@ class Linear(nn.Module):
     quantized: in the format that `compute.quantization` names, if any; equations stay in `compute.dtype`.
     result: the type of the result (None: `compute.dtype`), for a product that is not to be rounded to it.
     precision: of a product in float32 (None: jax's default, less than float32 on accelerators).
+    bias_by_product: with an equation, how the bias's gradient is summed (see `products.add_bias`).
     """
 
     features: tuple[int, ...]
@@ -34,6 +35,7 @@ class Linear(nn.Module):
     quantized: bool = False
     result: Any = None
     precision: Any = None
+    bias_by_product: bool = False
 
     @nn.compact
     def __call__(self, x: Array, equation: str = "") -> Array:
@@ -52,7 +54,7 @@ class Linear(nn.Module):
                 kernel = added_by_heads(kernel, -1, self.compute.first_axis_shared)
             missing = [axis for axis, letter in enumerate(of_out) if letter not in outputs]
             out = self.compute.product(x, kernel, equation, self.result, self.precision)
-            out = self.compute.add_bias(out, bias, missing)
+            out = self.compute.add_bias(out, bias, missing, self.bias_by_product)
         else:
             out = self.compute.add_bias(self._product(x.reshape(-1, *inputs), kernel), bias, [0])
             out = out.reshape(*x.shape[: x.ndim - self.in_axes], *self.features)

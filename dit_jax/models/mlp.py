@@ -30,4 +30,4 @@ class Mlp(nn.Module):
         if self.compute.quantization == "fp8":
             # Without Triton's products XLA would join GELU to this one, and then refuse to compile what it made.
             h = jax.lax.optimization_barrier(h)
-        return linear((x.shape[-1],), name="fc2")(self.compute.gelu(h), equation)
+        return linear((x.shape[-1],), bias_by_product=True, name="fc2")(self.compute.gelu(h), equation)

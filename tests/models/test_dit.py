@@ -290,6 +290,19 @@ def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(sp
     )
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_biases_have_the_sums_of_the_gradients_of_what_they_were_added_to(by_head, dtype):
+    rng = np.random.default_rng(6)
+    q, k, v, grad = (jnp.asarray(rng.normal(size=(3, 4, 8, 50)), dtype) for _ in range(4))  # (H, B, K, N)
+    biases = jnp.ones((3, 3, 8))
+    _, backward = jax.vjp(lambda *of: tokens_last.attend(*of[:3], by_head, None, of[3]), q, k, v, biases)
+    *of_each, of_biases = backward(grad)
+    expected = np.stack([np.asarray(of, np.float64).sum(axis=(1, 3)) for of in of_each])
+    # Compiled, the sums may be of gradients that are not rounded yet.
+    np.testing.assert_allclose(of_biases, expected, atol=1e-4 if dtype == jnp.float32 else 1e-2)
+
+
 @pytest.mark.parametrize(
     ("images", "tokens", "at_once"),
     [(16, 1024, 8), (8, 1024, 8), (4, 1024, 4), (10, 1024, 5), (11, 1024, 11), (2, 4429, 2)],

@@ -54,6 +54,16 @@ def test_a_biases_gradient_is_the_float32_sum():
     np.testing.assert_allclose(of_bias, np.asarray(x, np.float64).sum(axis=(1, 2)), rtol=1e-5, atol=1e-4)
 
 
+def test_a_biases_gradient_by_a_product_is_the_same_sum():
+    rng = np.random.default_rng(0)
+    x, bias = jnp.asarray(rng.normal(size=(3, 200, 24)), jnp.bfloat16), jnp.zeros(24)
+    _, backward = jax.vjp(lambda x, b: add_bias(x, b, [0, 1], by_product=True), x, bias)
+    of_x, of_bias = backward(x)
+    np.testing.assert_array_equal(of_x, x)
+    assert of_bias.dtype == jnp.float32
+    np.testing.assert_allclose(of_bias, np.asarray(x, np.float64).sum(axis=(0, 1)), rtol=1e-5, atol=1e-4)
+
+
 def test_a_result_need_not_be_rounded():
     x, kernel, _ = arrays("td,df->tf", jnp.bfloat16)
     out = product(x, kernel, "td,df->tf", jnp.float32)

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dit_jax.models.initializers import xavier_uniform_fused
-from dit_jax.models.kernels.products import add_bias, wide_einsum
+from dit_jax.models.kernels.products import add_bias, times_ones, wide_einsum
 
 Array = jax.Array
 Run = Callable[..., tuple[Array, ...]]
@@ -37,35 +37,44 @@ def all_heads_up_to(device_kind: str) -> int:
     return 1024 if device_kind in ("TPU v5", "TPU v5p") else 512
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def attend(q: Array, k: Array, v: Array, by_head: bool = False, sharding: Any = None) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, by_head: bool = False, sharding: Any = None, biases: Array | None = None
+) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
 
     by_head: one head of some images at a time, whose logits stay on the chip where those of all heads would go to
     memory and back: faster with many tokens, by the compilers' estimates from `all_heads_up_to` on.
     sharding: the `NamedSharding` of the batch, None on one device. Each device then takes its own images.
+    biases: (3, H, K) of queries, keys and values, which they have already: their gradients, sums over all images and
+    tokens, are taken of each piece where it is made, and those of q, k and v are not read again for them.
     """
-    return _attend_forward(q, k, v, by_head, sharding)[0]
+    return _attend(q, k, v, biases, by_head, sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, sharding: Any) -> Array:
+    return _attend_forward(q, k, v, biases, by_head, sharding)[0]
 
 
 def _attend_forward(
-    q: Array, k: Array, v: Array, by_head: bool, sharding: Any
-) -> tuple[Array, tuple[Array, ...]]:
+    q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, sharding: Any
+) -> tuple[Array, tuple[Any, ...]]:
     run: Run = piece_by_piece(_softmax_values, sharding) if by_head else _softmax_values
     out, log_total = run(q, k, v)
     # Named so that a remat policy can keep what the backward pass needs of the softmax.
     out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
-    return out, (q, k, v, out, log_total)
+    return out, (q, k, v, out, log_total, biases)
 
 
-def _attend_backward(
-    by_head: bool, sharding: Any, saved: tuple[Array, ...], grad: Array
-) -> tuple[Array, ...]:
-    run: Run = piece_by_piece(_gradients, sharding) if by_head else _gradients
-    return run(*saved, grad)
+def _attend_backward(by_head: bool, sharding: Any, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
+    *arrays, biases = saved
+    function = _gradients if biases is None else _gradients_and_sums
+    run: Run = piece_by_piece(function, sharding) if by_head else function
+    grads = run(*arrays, grad)
+    return *grads[:3], None if biases is None else jnp.stack([sums.sum(axis=1) for sums in grads[3:]])
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def piece_by_piece(function: Run, sharding: Any = None) -> Run:
@@ -131,6 +140,19 @@ def _gradients(
     return grad_q, grad_k, grad_v
 
 
+def _gradients_and_sums(*arrays: Array) -> tuple[Array, ...]:
+    """The gradients, and the sums of each over the tokens: (H, B, K) float32."""
+    grads = _gradients(*arrays)
+    return *grads, *map(_over_tokens, grads)
+
+
+def _over_tokens(x: Array) -> Array:
+    """The sum (..., N) -> (...) float32."""
+    if x.dtype == jnp.float32:
+        return jnp.sum(x, axis=-1)
+    return times_ones("on,hbkn->hbko", x, x.shape[-1])[..., 0]
+
+
 @jax.custom_vjp
 def project(x: Array, kernel: Array) -> Array:
     """x (B, N, D), kernel (D, H, K) float32 -> (H, B, K, N) in x's type."""
@@ -178,20 +200,24 @@ class QueriesKeysValues(nn.Module):
 
     Three products: one would have to be cut into its parts, and be put together again for its gradient.
     shared: over which devices' gradients are added up (see `added_by_heads`).
+    biases_apart: the biases come out beside them, for `attend`, and have no gradient but its.
     """
 
     num_heads: int
     dtype: Any = jnp.float32
     shared: NamedSharding | None = None
+    biases_apart: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, ...]:
-        """x (B, N, D) -> q, k, v, each (H, B, K, N)."""
+        """x (B, N, D) -> q, k, v, each (H, B, K, N), and the biases (3, H, K) if they are apart."""
         d = x.shape[-1]
         features = (3, self.num_heads, d // self.num_heads)
         kernel = self.param("kernel", xavier_uniform_fused(1), (d, *features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
         x = x.astype(self.dtype)
         kernels = (added_by_heads(kernel[:, i], 0, self.shared) for i in range(3))
-        products = (add_bias(project(x, k), bias[i], [1, 3]) for i, k in enumerate(kernels))
-        return tuple(checkpoint_name(out, "linear") for out in products)
+        added = jax.lax.stop_gradient(bias) if self.biases_apart else bias
+        products = (add_bias(project(x, k), added[i], [1, 3]) for i, k in enumerate(kernels))
+        named = tuple(checkpoint_name(out, "linear") for out in products)
+        return (*named, bias) if self.biases_apart else named

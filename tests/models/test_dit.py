@@ -263,10 +263,11 @@ def test_one_head_at_a_time_changes_neither_output_nor_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(split, monkeypatch):
-    """Of 4 images on a device the logits of two fit, split over devices or not."""
+@pytest.mark.parametrize(("split", "one_result"), [(False, False), (True, False), (True, True)])
+def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(split, one_result, monkeypatch):
+    """Of 4 images on a device the logits of two fit, split over devices or not, by products of one result or not."""
     monkeypatch.setattr(tokens_last, "LEAST_ROOM", 2 * 4 * 5 * 7)
+    monkeypatch.setattr(tokens_last, "ONE_RESULT", (jax.devices()[0].device_kind,) if one_result else ())
     images = 8 if split else 4
     rng = np.random.default_rng(5)
     q, grad, k, v = (jnp.asarray(rng.normal(size=(3, images, 8, n)), jnp.float32) for n in (5, 5, 7, 7))
@@ -284,6 +285,7 @@ def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(sp
     expected = out_and_gradients(False, None)(q, k, v)
     found = out_and_gradients(True, sharding)
     text = str(jax.make_jaxpr(found)(q, k, v))
+    assert ("optimization_barrier" in text) == one_result
     assert "length=6" in text and "f32[1,2,7,5]" in text  # 3 heads x 2 pieces of a device's 4 images
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found(q, k, v), expected

@@ -29,6 +29,8 @@ Run = Callable[..., tuple[Array, ...]]
 # Bytes of a piece's float32 logits that stay on the chip, by jax's device_kind.
 LEAST_ROOM = 32 * 2**20
 ROOM = {"TPU v4": 64 * 2**20}
+# Where products of one result each are quicker than fewer products of several, by jax's device_kind.
+ONE_RESULT = ("TPU v5", "TPU v5p")
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
 
 
@@ -59,7 +61,8 @@ def _attend(q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, s
 def _attend_forward(
     q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, sharding: Any
 ) -> tuple[Array, tuple[Any, ...]]:
-    run: Run = piece_by_piece(_softmax_values, sharding) if by_head else _softmax_values
+    function = functools.partial(_softmax_values, one_result=_device_kind(sharding) in ONE_RESULT)
+    run: Run = piece_by_piece(function, sharding) if by_head else function
     out, log_total = run(q, k, v)
     # Named so that a remat policy can keep what the backward pass needs of the softmax.
     out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
@@ -68,7 +71,8 @@ def _attend_forward(
 
 def _attend_backward(by_head: bool, sharding: Any, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
     *arrays, biases = saved
-    function = _gradients if biases is None else _gradients_and_sums
+    of_all = _gradients if biases is None else _gradients_and_sums
+    function = functools.partial(of_all, one_result=_device_kind(sharding) in ONE_RESULT)
     run: Run = piece_by_piece(function, sharding) if by_head else function
     grads = run(*arrays, grad)
     return *grads[:3], None if biases is None else jnp.stack([sums.sum(axis=1) for sums in grads[3:]])
@@ -77,10 +81,13 @@ def _attend_backward(by_head: bool, sharding: Any, saved: tuple[Any, ...], grad:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _device_kind(sharding: NamedSharding | None) -> str:
+    return "" if sharding is None else sharding.mesh.devices.flat[0].device_kind
+
+
 def piece_by_piece(function: Run, sharding: Any = None) -> Run:
     """The function on arrays (H, B, ...), q and k first, applied to a head of some images after the other."""
-    device = None if sharding is None else sharding.mesh.devices.flat[0]
-    room = ROOM.get(getattr(device, "device_kind", ""), LEAST_ROOM)
+    room = ROOM.get(_device_kind(sharding), LEAST_ROOM)
 
     def piece(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(result[0] for result in function(*(a[None] for a in arrays)))
@@ -113,10 +120,14 @@ def _logits(q: Array, k: Array) -> Array:
     return jnp.einsum("hbkm,hbkn->hbmn", k, q, preferred_element_type=jnp.float32)
 
 
-def _softmax_values(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    """The output (H, B, K, N) and the logarithm of the softmax's denominator (H, B, N), float32."""
+def _softmax_values(q: Array, k: Array, v: Array, *, one_result: bool = False) -> tuple[Array, Array]:
+    """The output (H, B, K, N) and the logarithm of the softmax's denominator (H, B, N), float32.
+
+    one_result: the maximum is taken of a product of its own, and the logits are not written for it.
+    """
     logits = _logits(q, k)  # (H, B, M, N)
-    highest = jnp.max(logits, axis=2)  # (H, B, N)
+    of_highest = _logits(*jax.lax.optimization_barrier((q, k))) if one_result else logits
+    highest = jnp.max(of_highest, axis=2)  # (H, B, N)
     weights = jnp.exp(logits - highest[:, :, None]).astype(v.dtype)
     # The product with rows of ones is the softmax's denominator: no second pass over the exponentials.
     with_ones = jnp.pad(v, ((0, 0), (0, 0), (0, ONES), (0, 0)), constant_values=1)
@@ -126,10 +137,15 @@ def _softmax_values(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
 
 
 def _gradients(
-    q: Array, k: Array, v: Array, out: Array, log_total: Array, grad: Array
+    q: Array, k: Array, v: Array, out: Array, log_total: Array, grad: Array, *, one_result: bool = False
 ) -> tuple[Array, Array, Array]:
-    """FlashAttention's backward pass (arXiv 2205.14135, algorithm 4) on whole rows: no reduction over them."""
+    """FlashAttention's backward pass (arXiv 2205.14135, algorithm 4) on whole rows: no reduction over them.
+
+    one_result: the softmax's weights are written, in q's type, and read by both products that need them.
+    """
     weights = jnp.exp(_logits(q, k) - log_total[:, :, None])  # (H, B, M, N)
+    if one_result:
+        weights = jax.lax.optimization_barrier(weights.astype(q.dtype)).astype(jnp.float32)
     grad_weights = jnp.einsum("hbkm,hbkn->hbmn", v, grad, preferred_element_type=jnp.float32)
     shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2)  # (H, B, N)
     grad_logits = (weights * (grad_weights - shared[:, :, None])).astype(q.dtype)
@@ -140,9 +156,9 @@ def _gradients(
     return grad_q, grad_k, grad_v
 
 
-def _gradients_and_sums(*arrays: Array) -> tuple[Array, ...]:
+def _gradients_and_sums(*arrays: Array, one_result: bool = False) -> tuple[Array, ...]:
     """The gradients, and the sums of each over the tokens: (H, B, K) float32."""
-    grads = _gradients(*arrays)
+    grads = _gradients(*arrays, one_result=one_result)
     return *grads, *map(_over_tokens, grads)
 
 

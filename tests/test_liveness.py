@@ -60,6 +60,11 @@ def test_a_process_that_is_killed_ends_the_other_within_a_minute(who, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.startswith(f".{1 - who}.")]
 
 
+def test_jax_aborts_nobody_before_it_is_known_who_is_gone():
+    """It hears of a process twice in its time: half of that may be over when the process is killed."""
+    assert liveness.JAX_SECONDS / 2 > liveness.PATIENCE_SECONDS + 10
+
+
 class Store:
     """A store of keys in memory; `answers` says whether it does."""
 

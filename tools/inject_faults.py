@@ -294,7 +294,8 @@ def main() -> int:
         if args.pair_kills:
             killed = pairs.trial_pairs(root, args.pair_kills, rng, bucket)
             table.add(f"kill -9 of one of two processes{where}", *killed)
-        run_trials(table, trials, args.repeats)
+        if args.repeats:
+            run_trials(table, trials, args.repeats)
     return table.end()
 
 

@@ -20,8 +20,8 @@ from dit_jax import signals
 LOOK_SECONDS = 2.0
 LOOKS = 15  # without a word, after which a process is gone
 PATIENCE_SECONDS = LOOK_SECONDS * (LOOKS + 3)  # within them it is known who is gone
-# Of silence, until JAX aborts the processes by itself: where Python's threads do not run. It is told of a process twice
-# in this time, so that half of it may be over when one is killed; what is left must be longer than it takes here.
+# Of silence, until JAX aborts the processes by itself: where Python's threads do not run. It hears of a process twice
+# in this time: half of it may be over when one is killed, and what is left must be longer than it takes here.
 JAX_SECONDS = 100
 _KEY = "dit_jax/alive"
 

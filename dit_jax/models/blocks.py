@@ -110,6 +110,6 @@ class Modulation(nn.Module):
         out = compute.product(c, kernel, f"bd,d{outputs}->b{outputs}")
         out = compute.for_modulation(out, last=compute.fsdp_axis)
         out = compute.add_bias(out.reshape(-1, *self.features), bias, [0])
-        # Where a device has one row and inner axes are split as well, XLA's partitioner would else give this a wrong
-        # gradient (seen in jax 0.10 on a mesh of 2 x 2 x 2).
+        # Each device has its own rows again. Where it has one, and inner axes are split as well, XLA's partitioner
+        # would else give this a wrong gradient (seen in jax 0.10 on a mesh of 2 x 2 x 2).
         return compute.split_batch(out) if split else out

@@ -81,8 +81,8 @@ def add_bias(x: Array, bias: Array, missing: Sequence[int], by_product: bool = F
 
 
 def times_ones(equation: str, x: Array, size: int) -> Array:
-    """einsum of ones (8, size) and x, bfloat16, with float32 sums: exact, and on a TPU several times quicker than a
-    reduction, where no product makes x. The barrier keeps the compiler from making a reduction of it."""
+    """einsum of ones (8, size) and x, bfloat16, with float32 sums as a reduction's: on a TPU several times quicker,
+    where no product makes x. The barrier keeps the compiler from making a reduction of it."""
     ones = jax.lax.optimization_barrier(jnp.ones((8, size), x.dtype))
     return wide_einsum(equation, ones, x)
 

@@ -13,7 +13,6 @@ from dit_jax.config import ConfigError
 from dit_jax.interop.official import params_from_state_dict
 from dit_jax.models.attention import resolve_attention
 from dit_jax.models.embeddings import patchify, sincos_positions, unpatchify
-from dit_jax.models.kernels import tokens_last
 from dit_jax.models.norms import normalize
 
 CONDITIONINGS = ["in_context", "cross_attention", "adaln", "adaln_zero"]
@@ -215,7 +214,9 @@ def test_attention_kernels_agree(kernel):
         ("tpu", "TPU v5 lite", "bfloat16", 256, 72, "tokens_last"),
         ("tpu", "TPU v5 lite", "bfloat16", 1024, 72, "tokens_last_by_head"),
         ("tpu", "TPU v5", "bfloat16", 1024, 72, "tokens_last"),
-        ("tpu", "TPU v5", "bfloat16", 4096, 72, "tokens_last_by_head"),
+        ("tpu", "TPU v5 lite", "bfloat16", 4429, 64, "tokens_last"),  # a head's logits do not fit on the chip
+        ("tpu", "TPU v6 lite", "bfloat16", 2304, 72, "tokens_last_by_head"),
+        ("tpu", "TPU v4", "bfloat16", 1024, 72, "tokens_last"),
     ],
 )
 def test_auto_attention_is_what_suits_the_device(platform, kind, dtype, tokens, head_dim, kernel):
@@ -237,17 +238,6 @@ def test_gradients_of_the_tpu_layout_are_those_of_the_plain_one(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
 
 
-@pytest.mark.parametrize("by_head", [False, True])
-def test_attention_of_the_tpu_layout_holds_for_large_logits(by_head):
-    q, k, v = np.random.default_rng(3).normal(size=(3, 2, 1, 8, 5)).astype(np.float64)  # (H, B, K, N)
-    q = q * 300
-    logits = np.einsum("hbkn,hbkm->hbnm", q, k) / np.sqrt(8)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    expected = np.einsum("hbnm,hbkm->hbkn", weights / weights.sum(-1, keepdims=True), v)
-    found = tokens_last.attend(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), by_head)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_one_head_at_a_time_changes_neither_output_nor_gradient():
     x, t, y = batch()
     params = random_params(DiT(**TINY))
@@ -261,56 +251,6 @@ def test_one_head_at_a_time_changes_neither_output_nor_gradient():
     more_scans, found = value_and_grad("tokens_last_by_head")
     assert more_scans > scans
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), found, expected)
-
-
-@pytest.mark.parametrize(("split", "one_result"), [(False, False), (True, False), (True, True)])
-def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(split, one_result, monkeypatch):
-    """Of 4 images on a device the logits of two fit, split over devices or not, by products of one result or not."""
-    monkeypatch.setattr(tokens_last, "LEAST_ROOM", 2 * 4 * 5 * 7)
-    monkeypatch.setattr(tokens_last, "ONE_RESULT", (jax.devices()[0].device_kind,) if one_result else ())
-    images = 8 if split else 4
-    rng = np.random.default_rng(5)
-    q, grad, k, v = (jnp.asarray(rng.normal(size=(3, images, 8, n)), jnp.float32) for n in (5, 5, 7, 7))
-    sharding = None
-    if split:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-
-    def out_and_gradients(by_head, sharding):
-        def function(q, k, v):
-            return tokens_last.attend(q, k, v, by_head, sharding)
-
-        return jax.jit(lambda *of: (function(*of), jax.vjp(function, *of)[1](grad)))
-
-    expected = out_and_gradients(False, None)(q, k, v)
-    found = out_and_gradients(True, sharding)
-    text = str(jax.make_jaxpr(found)(q, k, v))
-    assert ("optimization_barrier" in text) == one_result
-    assert "length=6" in text and "f32[1,2,7,5]" in text  # 3 heads x 2 pieces of a device's 4 images
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found(q, k, v), expected
-    )
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("by_head", [False, True])
-def test_biases_have_the_sums_of_the_gradients_of_what_they_were_added_to(by_head, dtype):
-    rng = np.random.default_rng(6)
-    q, k, v, grad = (jnp.asarray(rng.normal(size=(3, 4, 8, 50)), dtype) for _ in range(4))  # (H, B, K, N)
-    biases = jnp.ones((3, 3, 8))
-    _, backward = jax.vjp(lambda *of: tokens_last.attend(*of[:3], by_head, None, of[3]), q, k, v, biases)
-    *of_each, of_biases = backward(grad)
-    expected = np.stack([np.asarray(of, np.float64).sum(axis=(1, 3)) for of in of_each])
-    # Compiled, the sums may be of gradients that are not rounded yet.
-    np.testing.assert_allclose(of_biases, expected, atol=1e-4 if dtype == jnp.float32 else 1e-2)
-
-
-@pytest.mark.parametrize(
-    ("images", "tokens", "at_once"),
-    [(16, 1024, 8), (8, 1024, 8), (4, 1024, 4), (10, 1024, 5), (11, 1024, 11), (2, 4429, 2)],
-)
-def test_as_many_images_at_once_as_stay_on_the_chip(images, tokens, at_once):
-    assert tokens_last.images_at_once(images, 4 * tokens**2, 32 * 2**20) == at_once
 
 
 def test_the_norm_of_bfloat16_is_that_of_the_same_numbers_in_float64():

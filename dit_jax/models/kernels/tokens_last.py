@@ -26,17 +26,15 @@ from dit_jax.models.kernels.products import add_bias, times_ones, wide_einsum
 
 Array = jax.Array
 Run = Callable[..., tuple[Array, ...]]
-# Bytes of a piece's float32 logits that stay on the chip, by jax's device_kind.
-LEAST_ROOM = 32 * 2**20
-ROOM = {"TPU v4": 64 * 2**20}
-# Where products of one result each are quicker than fewer products of several, by jax's device_kind.
-ONE_RESULT = ("TPU v5", "TPU v5p")
+ROOM = 32 * 2**20  # bytes of a piece's float32 logits that stay on the chip
+# Generations, by jax's device_kind, with little bandwidth of memory for what a chip can keep.
+KEPT_ON_CHIP = ("TPU v5 lite", "TPU v6 lite")
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
 
 
-def all_heads_up_to(device_kind: str) -> int:
-    """Tokens up to which all heads at once are faster than one after the other, on TPUs of jax's `device_kind`."""
-    return 1024 if device_kind in ("TPU v5", "TPU v5p") else 512
+def one_head_at_a_time(device_kind: str, num_tokens: int) -> bool:
+    """Whether that is faster than all heads at once, on TPUs of jax's `device_kind`, by the compilers' estimates."""
+    return device_kind in KEPT_ON_CHIP and num_tokens > 512 and 4 * num_tokens**2 <= ROOM
 
 
 def attend(
@@ -44,8 +42,8 @@ def attend(
 ) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
 
-    by_head: one head of some images at a time, whose logits stay on the chip where those of all heads would go to
-    memory and back: faster with many tokens, by the compilers' estimates from `all_heads_up_to` on.
+    by_head: one head of some images at a time, whose logits stay on the chip (see `one_head_at_a_time`). Else
+    none are written, and those of the backward pass but once.
     sharding: the `NamedSharding` of the batch, None on one device. Each device then takes its own images.
     biases: (3, H, K) of queries, keys and values, which they have already: their gradients, sums over all images and
     tokens, are taken of each piece where it is made, and those of q, k and v are not read again for them.
@@ -61,7 +59,7 @@ def _attend(q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, s
 def _attend_forward(
     q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, sharding: Any
 ) -> tuple[Array, tuple[Any, ...]]:
-    function = functools.partial(_softmax_values, one_result=_device_kind(sharding) in ONE_RESULT)
+    function = functools.partial(_softmax_values, on_chip=by_head)
     run: Run = piece_by_piece(function, sharding) if by_head else function
     out, log_total = run(q, k, v)
     # Named so that a remat policy can keep what the backward pass needs of the softmax.
@@ -72,7 +70,7 @@ def _attend_forward(
 def _attend_backward(by_head: bool, sharding: Any, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
     *arrays, biases = saved
     of_all = _gradients if biases is None else _gradients_and_sums
-    function = functools.partial(of_all, one_result=_device_kind(sharding) in ONE_RESULT)
+    function = functools.partial(of_all, on_chip=by_head)
     run: Run = piece_by_piece(function, sharding) if by_head else function
     grads = run(*arrays, grad)
     return *grads[:3], None if biases is None else jnp.stack([sums.sum(axis=1) for sums in grads[3:]])
@@ -81,20 +79,15 @@ def _attend_backward(by_head: bool, sharding: Any, saved: tuple[Any, ...], grad:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _device_kind(sharding: NamedSharding | None) -> str:
-    return "" if sharding is None else sharding.mesh.devices.flat[0].device_kind
-
-
 def piece_by_piece(function: Run, sharding: Any = None) -> Run:
     """The function on arrays (H, B, ...), q and k first, applied to a head of some images after the other."""
-    room = ROOM.get(_device_kind(sharding), LEAST_ROOM)
 
     def piece(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(result[0] for result in function(*(a[None] for a in arrays)))
 
     def all_pieces(*arrays: Array) -> tuple[Array, ...]:
         (heads, images, _, queries), keys = arrays[0].shape, arrays[1].shape[-1]
-        size = images_at_once(images, 4 * queries * keys, room)
+        size = images_at_once(images, 4 * queries * keys, ROOM)
         pieces = tuple(a.reshape(-1, size, *a.shape[2:]) for a in arrays)
         return tuple(r.reshape(heads, images, *r.shape[2:]) for r in jax.lax.map(piece, pieces))
 
@@ -115,18 +108,25 @@ def images_at_once(images: int, bytes_of_one: int, room: int) -> int:
     return most if 2 * most >= fit > 0 else images  # many small pieces cost more than they save
 
 
-def _logits(q: Array, k: Array) -> Array:
-    q = q * (q.shape[2] ** -0.5)
-    return jnp.einsum("hbkm,hbkn->hbmn", k, q, preferred_element_type=jnp.float32)
+# `on_chip`: whether arrays of (H, B, M, N) stay there, and are cheap to write and read again. In memory they are not.
+# Products that would share one then have each its own, computed anew within it: the compiler makes one operation of a
+# product, what is done with its result, and the one product that reads that.
 
 
-def _softmax_values(q: Array, k: Array, v: Array, *, one_result: bool = False) -> tuple[Array, Array]:
-    """The output (H, B, K, N) and the logarithm of the softmax's denominator (H, B, N), float32.
+def _logits(q: Array, k: Array, scale: Array | float) -> Array:
+    return jnp.einsum("hbkm,hbkn->hbmn", k, q * scale, preferred_element_type=jnp.float32)
 
-    one_result: the maximum is taken of a product of its own, and the logits are not written for it.
-    """
-    logits = _logits(q, k)  # (H, B, M, N)
-    of_highest = _logits(*jax.lax.optimization_barrier((q, k))) if one_result else logits
+
+def _another(scale: float, q: Array) -> Array:
+    """The scale, in q's type, as a number that the compiler cannot know: it keeps products with both apart."""
+    return jax.lax.optimization_barrier(jnp.asarray(scale, q.dtype))
+
+
+def _softmax_values(q: Array, k: Array, v: Array, *, on_chip: bool) -> tuple[Array, Array]:
+    """The output (H, B, K, N) and the logarithm of the softmax's denominator (H, B, N), float32."""
+    scale = q.shape[2] ** -0.5
+    logits = _logits(q, k, scale)  # (H, B, M, N)
+    of_highest = logits if on_chip else _logits(q, k, _another(scale, q))
     highest = jnp.max(of_highest, axis=2)  # (H, B, N)
     weights = jnp.exp(logits - highest[:, :, None]).astype(v.dtype)
     # The product with rows of ones is the softmax's denominator: no second pass over the exponentials.
@@ -137,28 +137,37 @@ def _softmax_values(q: Array, k: Array, v: Array, *, one_result: bool = False) -
 
 
 def _gradients(
-    q: Array, k: Array, v: Array, out: Array, log_total: Array, grad: Array, *, one_result: bool = False
+    q: Array, k: Array, v: Array, out: Array, log_total: Array, grad: Array, *, on_chip: bool
 ) -> tuple[Array, Array, Array]:
     """FlashAttention's backward pass (arXiv 2205.14135, algorithm 4) on whole rows: no reduction over them.
 
-    one_result: the softmax's weights are written, in q's type, and read by both products that need them.
+    Where they do not stay on the chip, the softmax's weights alone are written, in q's type.
     """
-    weights = jnp.exp(_logits(q, k) - log_total[:, :, None])  # (H, B, M, N)
-    if one_result:
-        weights = jax.lax.optimization_barrier(weights.astype(q.dtype)).astype(jnp.float32)
-    grad_weights = jnp.einsum("hbkm,hbkn->hbmn", v, grad, preferred_element_type=jnp.float32)
-    shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2)  # (H, B, N)
-    grad_logits = (weights * (grad_weights - shared[:, :, None])).astype(q.dtype)
     scale = q.shape[2] ** -0.5
-    grad_q = jnp.einsum("hbkm,hbmn->hbkn", k, grad_logits) * scale
-    grad_k = jnp.einsum("hbkn,hbmn->hbkm", q * scale, grad_logits)
+    shared = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=2)  # (H, B, N)
+
+    def softmax(scale: Array | float) -> Array:
+        return jnp.exp(_logits(q, k, scale) - log_total[:, :, None])  # (H, B, M, N)
+
+    def grad_logits(weights: Array, grad: Array) -> Array:
+        grad_weights = jnp.einsum("hbkm,hbkn->hbmn", v, grad, preferred_element_type=jnp.float32)
+        return (weights.astype(jnp.float32) * (grad_weights - shared[:, :, None])).astype(q.dtype)
+
+    weights = softmax(scale)
     grad_v = jnp.einsum("hbmn,hbkn->hbkm", weights.astype(v.dtype), grad)
+    if on_chip:
+        for_q = for_k = grad_logits(weights, grad)
+    else:
+        weights = jax.lax.optimization_barrier(softmax(_another(scale, q)).astype(q.dtype))
+        for_q, for_k = grad_logits(weights, grad), grad_logits(weights, jax.lax.optimization_barrier(grad))
+    grad_q = jnp.einsum("hbkm,hbmn->hbkn", k, for_q) * scale
+    grad_k = jnp.einsum("hbkn,hbmn->hbkm", q * scale, for_k)
     return grad_q, grad_k, grad_v
 
 
-def _gradients_and_sums(*arrays: Array, one_result: bool = False) -> tuple[Array, ...]:
+def _gradients_and_sums(*arrays: Array, on_chip: bool) -> tuple[Array, ...]:
     """The gradients, and the sums of each over the tokens: (H, B, K) float32."""
-    grads = _gradients(*arrays, one_result=one_result)
+    grads = _gradients(*arrays, on_chip=on_chip)
     return *grads, *map(_over_tokens, grads)
 
 

@@ -62,7 +62,7 @@ def test_all_heads_at_once_write_no_logits_and_the_softmaxs_weights_once(topolog
         last, _ = jax.lax.scan(lambda x, kv: (tokens_last.attend(x, *kv), None), q[0], (k, v))
         return jnp.sum(last.astype(jnp.float32))
 
-    with no_compilation_cache():
+    with no_compilation_cache(), jax.default_matmul_precision("default"):
         program = jax.jit(jax.grad(two_layers, argnums=(0, 1, 2))).lower(*arrays).compile()
     module = hlo.parse(program.as_text())
     lines = [line for name in hlo.executions(module) for line in module.computations[name]]

@@ -49,6 +49,29 @@ def test_a_head_of_some_images_at_a_time_changes_neither_output_nor_gradients(sp
     )
 
 
+@pytest.mark.parametrize("room", [3 * 4 * 5 * 7, 3 * 4 * 5 * 7 - 1])
+def test_where_all_logits_of_a_device_stay_on_the_chip_no_product_is_computed_anew(room, monkeypatch):
+    """The float32 logits of 3 heads of the 2 images of each of 2 devices take 2 * 3 * 4 * 5 * 7 bytes."""
+    monkeypatch.setattr(tokens_last, "ROOM", room)
+    monkeypatch.setattr(tokens_last, "KEPT_ON_CHIP", (jax.devices()[0].device_kind,))
+    rng = np.random.default_rng(7)
+    q, grad, k, v = (jnp.asarray(rng.normal(size=(3, 4, 8, n)), jnp.float32) for n in (5, 5, 7, 7))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("data", "fsdp"))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+
+    def gradients(q, k, v, sharding):
+        return jax.vjp(lambda *of: tokens_last.attend(*of, False, sharding), q, k, v)[1](grad)
+
+    text = str(jax.make_jaxpr(lambda *of: gradients(*of, sharding))(q, k, v))
+    fits = room == 3 * 4 * 5 * 7
+    assert (text.count("dot_general"), "optimization_barrier" in text) == ((7, False) if fits else (10, True))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        gradients(q, k, v, sharding),
+        gradients(q, k, v, None),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v5e:2x2"])
 def test_all_heads_at_once_write_no_logits_and_the_softmaxs_weights_once(topology):

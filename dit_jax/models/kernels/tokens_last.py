@@ -42,8 +42,8 @@ def attend(
 ) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
 
-    by_head: one head of some images at a time, whose logits stay on the chip (see `one_head_at_a_time`). Else
-    none are written, and those of the backward pass but once.
+    by_head: one head of some images at a time, whose logits stay on the chip (see `one_head_at_a_time`). Else, unless
+    those of all heads do, none are written, and the softmax's weights but once, in the backward pass.
     sharding: the `NamedSharding` of the batch, None on one device. Each device then takes its own images.
     biases: (3, H, K) of queries, keys and values, which they have already: their gradients, sums over all images and
     tokens, are taken of each piece where it is made, and those of q, k and v are not read again for them.
@@ -59,7 +59,8 @@ def _attend(q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, s
 def _attend_forward(
     q: Array, k: Array, v: Array, biases: Array | None, by_head: bool, sharding: Any
 ) -> tuple[Array, tuple[Any, ...]]:
-    function = functools.partial(_softmax_values, on_chip=by_head)
+    on_chip = by_head or _all_stay_on_chip(q, k, sharding)
+    function = functools.partial(_softmax_values, on_chip=on_chip)
     run: Run = piece_by_piece(function, sharding) if by_head else function
     out, log_total = run(q, k, v)
     # Named so that a remat policy can keep what the backward pass needs of the softmax.
@@ -70,13 +71,28 @@ def _attend_forward(
 def _attend_backward(by_head: bool, sharding: Any, saved: tuple[Any, ...], grad: Array) -> tuple[Any, ...]:
     *arrays, biases = saved
     of_all = _gradients if biases is None else _gradients_and_sums
-    function = functools.partial(of_all, on_chip=by_head)
+    on_chip = by_head or _all_stay_on_chip(arrays[0], arrays[1], sharding)
+    function = functools.partial(of_all, on_chip=on_chip)
     run: Run = piece_by_piece(function, sharding) if by_head else function
     grads = run(*arrays, grad)
     return *grads[:3], None if biases is None else jnp.stack([sums.sum(axis=1) for sums in grads[3:]])
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _all_stay_on_chip(q: Array, k: Array, sharding: NamedSharding | None) -> bool:
+    """Whether the float32 logits of all heads of a device's images do."""
+    if sharding is None or sharding.mesh.devices.flat[0].device_kind not in KEPT_ON_CHIP:
+        return False
+    (heads, images, _, queries), keys = q.shape, k.shape[-1]
+    return 4 * heads * images * queries * keys <= 2 * ROOM * _devices(sharding)
+
+
+def _devices(sharding: NamedSharding) -> int:
+    """Over how many devices the first axis is split."""
+    axes = sharding.spec[0]
+    return math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
 def piece_by_piece(function: Run, sharding: Any = None) -> Run:

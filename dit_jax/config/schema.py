@@ -33,7 +33,7 @@ class ComputeConfig:
     backward; not with attention tokens_last. For GPUs that have 8-bit matrix units (Ada, Hopper and later)."""
     attention: Literal["auto", "einsum", "tokens_last", "tokens_last_by_head", "xla", "cudnn"] = "auto"
     """Attention kernel: auto picks cudnn on a GPU in bfloat16, tokens_last (einsum in a TPU's layout; by_head: one
-    head after the other, where that is faster) on a TPU, einsum elsewhere."""
+    head after the other, for long sequences) on a TPU, einsum elsewhere."""
     norm_kernel: Literal["xla", "pallas"] = "xla"
     """Residual, gate, norm and modulation between a block's branches: xla as the compiler fuses them, pallas in one
     kernel for GPUs, for adaln and adaln_zero (on a CPU it is interpreted, which is slow; not for TPUs)."""

@@ -159,7 +159,7 @@ def unrolls(unroll: bool | str, width: int, mesh: Mesh) -> bool:
 
 def resolve_attention(kernel: str, dtype: Any, num_tokens: int, head_dim: int, device: Any = None) -> str:
     """The kernel that "auto" stands for on `device`, by default the first of the default backend: cudnn on a GPU in
-    bfloat16 (where it takes heads of `head_dim` channels), tokens_last on a TPU (by head where that is faster),
+    bfloat16 (where it takes heads of `head_dim` channels), tokens_last on a TPU (by head where the tokens are many),
     else einsum."""
     if kernel != "auto":
         return kernel
@@ -167,8 +167,8 @@ def resolve_attention(kernel: str, dtype: Any, num_tokens: int, head_dim: int, d
     if device.platform in ("gpu", "cuda") and cudnn_serves(dtype, head_dim):
         return "cudnn"
     if device.platform == "tpu":
-        by_head = tokens_last.one_head_at_a_time(device.device_kind, num_tokens)
-        return "tokens_last_by_head" if by_head else "tokens_last"
+        long = num_tokens > tokens_last.all_heads_up_to(device.device_kind)
+        return "tokens_last_by_head" if long else "tokens_last"
     return "einsum"
 
 

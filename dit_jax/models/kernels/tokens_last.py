@@ -32,9 +32,9 @@ KEPT_ON_CHIP = ("TPU v5 lite", "TPU v6 lite")
 ONES = 8  # rows of ones below the values; 72 channels in bfloat16 are padded to 80 anyway
 
 
-def one_head_at_a_time(device_kind: str, num_tokens: int) -> bool:
-    """Whether that is faster than all heads at once, on TPUs of jax's `device_kind`, by the compilers' estimates."""
-    return device_kind in KEPT_ON_CHIP and num_tokens > 512 and 4 * num_tokens**2 <= ROOM
+def all_heads_up_to(device_kind: str) -> int:
+    """Tokens up to which all heads at once are faster than one after the other, on TPUs of jax's `device_kind`."""
+    return 512 if device_kind in KEPT_ON_CHIP else 1024
 
 
 def attend(
@@ -42,8 +42,9 @@ def attend(
 ) -> Array:
     """softmax(q k^T / sqrt(K)) v with the softmax in float32: q (H, B, K, N), k and v (H, B, K, M) -> as q.
 
-    by_head: one head of some images at a time, whose logits stay on the chip (see `one_head_at_a_time`). Else, unless
-    those of all heads do, none are written, and the softmax's weights but once, in the backward pass.
+    by_head: one head of some images at a time, whose logits stay on the chip: faster with many tokens, by the
+    compilers' estimates from `all_heads_up_to` on. Else, unless those of all heads stay there, none are written, and
+    the softmax's weights but once, in the backward pass.
     sharding: the `NamedSharding` of the batch, None on one device. Each device then takes its own images.
     biases: (3, H, K) of queries, keys and values, which they have already: their gradients, sums over all images and
     tokens, are taken of each piece where it is made, and those of q, k and v are not read again for them.
